@@ -1,0 +1,62 @@
+# make demo | test | bench | lint | sanitize. Every target reuses one .venv and one build.
+PYTHON ?= python3
+VENV := .venv
+PY := $(VENV)/bin/python
+PIP := $(PY) -m pip --disable-pip-version-check
+SOURCES := setup.py pyproject.toml constraints.txt $(shell find csrc -type f 2>/dev/null)
+
+.PHONY: setup demo test bench lint format sanitize clean
+setup: $(VENV)/.ready
+
+$(VENV)/.torch: constraints.txt
+	@command -v $(PYTHON) >/dev/null || { echo "gate4d: $(PYTHON) was not found; install Python 3.10 or newer, or name one with make PYTHON=..."; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' \
+	  || { echo "gate4d needs Python 3.10 or newer, but $(PYTHON) is $$($(PYTHON) --version 2>&1); name another with make PYTHON=..."; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null \
+	  || { echo "gate4d: $(PYTHON) cannot make virtual environments; on Debian: apt-get install python3-venv"; exit 1; }
+	@echo "== creating $(VENV) and installing torch (once; a large download)"
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) install --quiet "setuptools>=77" wheel ninja numpy -c constraints.txt
+	$(PIP) install torch -c constraints.txt
+	@touch $@
+
+$(VENV)/.ready: $(VENV)/.torch $(SOURCES)
+	@echo "== building gate4d and installing its extras (once; a few minutes)"
+	$(PIP) install --quiet --no-build-isolation -c constraints.txt -e ".[dev]"
+	@test ! -f gate4d/_build_report.json || echo "== note: installed without the compiled kernels; gate4d info says why"
+	@touch $@
+
+demo: setup
+	$(PY) -m gate4d.cli.main demo $(ARGS)
+
+test: setup
+	$(PY) -m pytest $(ARGS)
+
+bench: setup
+	$(PY) -m gate4d.cli.main bench $(ARGS)
+
+lint: setup
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+
+format: setup
+	$(VENV)/bin/ruff check --fix .
+	$(VENV)/bin/ruff format .
+
+# The C++ kernels built again with AddressSanitizer and UndefinedBehaviorSanitizer, beside the normal build, and the
+# kernel tests under each instruction set that this machine has.
+SANITIZED := build/sanitize
+sanitize: setup
+	@echo "== building the kernels with sanitizers into $(SANITIZED)"
+	GATE4D_SANITIZE=address,undefined $(PY) setup.py -q build --build-base $(SANITIZED) --build-lib $(SANITIZED)/lib
+	@for isa in avx512_bf16 avx512 avx2 portable; do \
+	  echo "== kernel tests with sanitizers, GATE4D_CPU_ISA=$$isa"; \
+	  (cd $(SANITIZED)/lib && GATE4D_CPU_ISA=$$isa PYTHONPATH=. PYTHONDONTWRITEBYTECODE=1 \
+	    LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so)" \
+	    ASAN_OPTIONS=detect_leaks=0:protect_shadow_gap=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
+	    $(CURDIR)/$(PY) -m pytest -p no:cacheprovider -c $(CURDIR)/pyproject.toml $(CURDIR)/tests/test_attention.py \
+	    -k "cpu and (sizes or layouts or unequal or empty or logit or nothing or capped) and not 1041" $(ARGS)) || exit 1; \
+	done
+
+clean:
+	rm -rf build dist *.egg-info gate4d/_C*.so

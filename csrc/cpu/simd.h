@@ -1,0 +1,299 @@
+// Vectors of floats, of the width of the instruction set this file is compiled for.
+//
+// Each isa_*.cpp sets the target and includes the kernels once. Everything lives in an anonymous namespace
+// and uses no standard templates: an inline function compiled for AVX-512 must never be merged by the linker
+// into code that runs on an older processor.
+#pragma once
+
+#include <stdint.h>
+#include <string.h>
+
+#if defined(GATE4D_AVX512) || defined(GATE4D_AVX2)
+#include <immintrin.h>
+#endif
+
+#define GATE4D_INLINE inline __attribute__((always_inline))
+// Loops over registers must unroll completely: an array that does not is kept in memory.
+#define GATE4D_UNROLL _Pragma("GCC unroll 16")
+
+namespace {
+
+#if defined(GATE4D_AVX512)
+constexpr int W = 16;  // lanes
+constexpr int J = 8;   // rows of a register tile; J x 3 accumulators fit the 32 registers
+#elif defined(GATE4D_AVX2)
+constexpr int W = 8;
+constexpr int J = 4;
+#else
+constexpr int W = 4;
+constexpr int J = 4;
+#endif
+
+typedef float vf __attribute__((vector_size(W * 4)));
+typedef int32_t vi __attribute__((vector_size(W * 4)));
+typedef uint32_t vu __attribute__((vector_size(W * 4)));
+
+GATE4D_INLINE vf load(const float* p) {
+  vf x;
+  memcpy(&x, p, sizeof x);
+  return x;
+}
+GATE4D_INLINE vi load(const int32_t* p) {
+  vi x;
+  memcpy(&x, p, sizeof x);
+  return x;
+}
+GATE4D_INLINE vu load(const uint32_t* p) {
+  vu x;
+  memcpy(&x, p, sizeof x);
+  return x;
+}
+GATE4D_INLINE void store(float* p, vf x) { memcpy(p, &x, sizeof x); }
+GATE4D_INLINE void store(uint32_t* p, vu x) { memcpy(p, &x, sizeof x); }
+
+GATE4D_INLINE vf set1(float x) { return x - vf{}; }
+GATE4D_INLINE vi set1(int32_t x) { return x - vi{}; }
+GATE4D_INLINE vf select(vi mask, vf yes, vf no) { return (vf)(((vi)yes & mask) | ((vi)no & ~mask)); }
+
+GATE4D_INLINE bool any(vi mask) {
+#if defined(GATE4D_AVX512)
+  return _mm512_test_epi32_mask((__m512i)mask, (__m512i)mask) != 0;
+#elif defined(GATE4D_AVX2)
+  return !_mm256_testz_si256((__m256i)mask, (__m256i)mask);
+#else
+  int32_t bits = 0;
+  for (int i = 0; i < W; ++i) bits |= mask[i];
+  return bits != 0;
+#endif
+}
+
+// a * b + c
+GATE4D_INLINE vf fma(vf a, vf b, vf c) {
+#if defined(GATE4D_AVX512)
+  return _mm512_fmadd_ps(a, b, c);
+#elif defined(GATE4D_AVX2)
+  return _mm256_fmadd_ps(a, b, c);
+#else
+  return a * b + c;
+#endif
+}
+
+// The second operand where either is NaN, as x86 defines it: max(bound, x) keeps a NaN in x.
+GATE4D_INLINE vf max(vf a, vf b) {
+#if defined(GATE4D_AVX512)
+  return _mm512_max_ps(a, b);
+#elif defined(GATE4D_AVX2)
+  return _mm256_max_ps(a, b);
+#else
+  return select(a > b, a, b);
+#endif
+}
+
+GATE4D_INLINE vf sqrt(vf x) {
+#if defined(GATE4D_AVX512)
+  return _mm512_sqrt_ps(x);
+#elif defined(GATE4D_AVX2)
+  return _mm256_sqrt_ps(x);
+#else
+  for (int i = 0; i < W; ++i) x[i] = __builtin_sqrtf(x[i]);
+  return x;
+#endif
+}
+
+GATE4D_INLINE float sum(vf x) {
+  float s = 0;
+  for (int i = 0; i < W; ++i) s += x[i];
+  return s;
+}
+
+// Below this, 2^x is 0: the end of the denormals, or of the normal numbers where the exponent is built by hand.
+#if defined(GATE4D_AVX512)
+constexpr float ZERO_EXPONENT = -152.0f;
+#else
+constexpr float ZERO_EXPONENT = -127.0f;
+#endif
+GATE4D_INLINE vf clamp_exponent(vf x) { return max(set1(ZERO_EXPONENT), x); }
+
+// 2^x for a clamped x <= 100 or so; NaN for NaN. Relative error under 1e-7.
+GATE4D_INLINE vf exp2_clamped(vf x) {
+#if defined(GATE4D_AVX512)
+  const vf n = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+#elif defined(GATE4D_AVX2)
+  const vf n = _mm256_round_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+#else
+  const vf magic = set1(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
+  const vf n = (x + magic) - magic;
+#endif
+  const vf f = x - n;
+  vf p = set1(0.0013276472454890609f);
+  p = fma(p, f, set1(0.009675540961325169f));
+  p = fma(p, f, set1(0.05550713092088699f));
+  p = fma(p, f, set1(0.24022120237350464f));
+  p = fma(p, f, set1(0.6931469440460205f));
+  p = fma(p, f, set1(1.0000001192092896f));
+#if defined(GATE4D_AVX512)
+  return _mm512_scalef_ps(p, n);
+#else
+  // n = -127 makes a factor of exactly 0. NaN travels in p.
+  const vi exponent = __builtin_convertvector(select(n == n, n, vf{}), vi) + 127;
+  return p * (vf)(exponent << 23);
+#endif
+}
+
+GATE4D_INLINE vf exp2(vf x) { return exp2_clamped(clamp_exponent(x)); }
+
+// log2(x) for normal x > 0; finite for 0 and denormals, so that 0 * log2(0) is 0. Absolute error under 2e-7.
+GATE4D_INLINE vf log2(vf x) {
+#if defined(GATE4D_AVX512)
+  // By 32nds of the mantissa: a third of the multiplications of one polynomial over all of it.
+  const vf inverse = {0.984615386f, 0.955223858f, 0.927536249f, 0.901408434f, 0.876712322f, 0.853333354f,
+                     0.83116883f, 0.810126603f, 0.790123463f, 0.771084309f, 0.752941191f,
+                     0.735632181f, 0.719101131f, 0.703296721f, 0.688172042f, 0.673684239f};
+  const vf inverse_high = {0.659793794f, 0.646464646f, 0.633663356f, 0.621359229f, 0.609523833f, 0.598130822f,
+                          0.587155938f, 0.576576591f, 0.566371679f, 0.556521714f, 0.547008574f,
+                          0.537815154f, 0.528925598f, 0.520325184f, 0.512000024f, 0.503937006f};
+  const vf log_of = {0.0223678108f, 0.0660892203f, 0.108524427f, 0.149747148f, 0.189824566f, 0.228818655f,
+                    0.266786546f, 0.303780705f, 0.339849979f, 0.375039488f, 0.409390897f,
+                    0.442943513f, 0.475733429f, 0.507794619f, 0.539158821f, 0.569855571f};
+  const vf log_of_high = {0.599912882f, 0.629356623f, 0.658211529f, 0.68650049f, 0.714245439f, 0.741467059f,
+                         0.768184364f, 0.794415832f, 0.820178986f, 0.845490098f, 0.870364666f,
+                         0.89481771f, 0.918863297f, 0.942514539f, 0.965784192f, 0.988684714f};
+  x = max(set1(1.17549435e-38f), x);
+  const vf e = _mm512_getexp_ps(x), m = _mm512_getmant_ps(x, _MM_MANT_NORM_1_2, _MM_MANT_SIGN_src);
+  const __m512i part = _mm512_srli_epi32((__m512i)m, 18);
+  const vf r = fma(m, _mm512_permutex2var_ps(inverse, part, inverse_high), set1(-1.0f));  // in [-1/64, 1/64]
+  vf p = fma(r, set1(0.480898347f), set1(-0.721347520f));
+  p = fma(p, r, set1(1.44269504f));
+  return fma(p, r, e + _mm512_permutex2var_ps(log_of, part, log_of_high));
+#else
+  const vi bits = (vi)x;
+  const vi e = (bits - 0x3f400000) >> 23;  // mantissa in [0.75, 1.5)
+  const vf m = (vf)(bits - (e << 23)) - 1.0f;
+  vf p = set1(-0.09588237851858139f);
+  p = fma(p, m, set1(0.2038797289133072f));
+  p = fma(p, m, set1(-0.25062817335128784f));
+  p = fma(p, m, set1(0.29009759426116943f));
+  p = fma(p, m, set1(-0.3603389263153076f));
+  p = fma(p, m, set1(0.4808468520641327f));
+  p = fma(p, m, set1(-0.7213506102561951f));
+  p = fma(p, m, set1(1.4426952600479126f));
+  return fma(p, m, __builtin_convertvector(e, vf));
+#endif
+}
+
+// 16-bit storage types, converted at the edges of a kernel.
+struct bf16 {
+  uint16_t bits;
+};
+struct fp16 {
+  uint16_t bits;
+};
+
+GATE4D_INLINE float to_float(float x) { return x; }
+GATE4D_INLINE float to_float(bf16 x) {
+  const uint32_t u = (uint32_t)x.bits << 16;
+  float f;
+  memcpy(&f, &u, 4);
+  return f;
+}
+GATE4D_INLINE float to_float(fp16 x) {
+  const uint32_t sign = (uint32_t)(x.bits & 0x8000) << 16;
+  const uint32_t rest = x.bits & 0x7fff;
+  float f;
+  uint32_t u = (rest << 13) + 0x38000000u;           // rebias the exponent by 112
+  if (rest >= 0x7c00) u += 0x38000000u;               // infinity and NaN keep the largest exponent
+  memcpy(&f, &u, 4);
+  if (rest < 0x0400) f = (float)rest * 0x1p-24f;      // zero and denormals
+  memcpy(&u, &f, 4);
+  u |= sign;
+  memcpy(&f, &u, 4);
+  return f;
+}
+
+GATE4D_INLINE void from_float(float x, float* out) { *out = x; }
+GATE4D_INLINE void from_float(float x, bf16* out) {
+  uint32_t u;
+  memcpy(&u, &x, 4);
+  out->bits = x != x ? 0x7fc0 : (uint16_t)((u + 0x7fff + ((u >> 16) & 1)) >> 16);
+}
+GATE4D_INLINE void from_float(float x, fp16* out) {
+  uint32_t u;
+  memcpy(&u, &x, 4);
+  const uint32_t sign = (u >> 16) & 0x8000;
+  u &= 0x7fffffff;
+  uint32_t h;
+  if (u > 0x7f800000) {
+    h = 0x7e00;  // NaN
+  } else if (u >= 0x477ff000) {
+    h = 0x7c00;  // rounds to infinity
+  } else if (u < 0x38800000) {
+    float f;  // denormal: let the adder round
+    memcpy(&f, &u, 4);
+    f += 0.5f;
+    memcpy(&h, &f, 4);
+    h -= 0x3f000000;
+  } else {
+    h = (u + 0xfff + ((u >> 13) & 1) - 0x38000000) >> 13;
+  }
+  out->bits = (uint16_t)(h | sign);
+}
+
+GATE4D_INLINE vf load(const bf16* p) {
+  vf x;
+#if defined(GATE4D_AVX512)
+  x = (vf)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)), 16);
+#elif defined(GATE4D_AVX2)
+  x = (vf)_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p)), 16);
+#else
+  for (int i = 0; i < W; ++i) x[i] = to_float(p[i]);
+#endif
+  return x;
+}
+GATE4D_INLINE vf load(const fp16* p) {
+  vf x;
+#if defined(GATE4D_AVX512)
+  x = _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p));
+#elif defined(GATE4D_AVX2)
+  x = _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p));
+#else
+  for (int i = 0; i < W; ++i) x[i] = to_float(p[i]);
+#endif
+  return x;
+}
+GATE4D_INLINE void store(bf16* p, vf x) {
+#if defined(GATE4D_AVX512_BF16)
+  const __m256bh y = _mm512_cvtneps_pbh(x);
+  memcpy(p, &y, sizeof y);
+#else
+  for (int i = 0; i < W; ++i) from_float(x[i], p + i);
+#endif
+}
+GATE4D_INLINE void store(fp16* p, vf x) {
+#if defined(GATE4D_AVX512)
+  _mm256_storeu_si256((__m256i*)p, _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+#elif defined(GATE4D_AVX2)
+  _mm_storeu_si128((__m128i*)p, _mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+#else
+  for (int i = 0; i < W; ++i) from_float(x[i], p + i);
+#endif
+}
+
+// n elements of any storage type to floats and back.
+template <class T>
+GATE4D_INLINE void load_row(const T* from, int n, float* to) {
+  int i = 0;
+  for (; i + W <= n; i += W) store(to + i, load(from + i));
+  for (; i < n; ++i) to[i] = to_float(from[i]);
+}
+template <class T>
+GATE4D_INLINE void store_row(const float* from, int n, T* to) {
+  int i = 0;
+  for (; i + W <= n; i += W) store(to + i, load(from + i));
+  for (; i < n; ++i) from_float(from[i], to + i);
+}
+
+constexpr int round_up(int x, int step) { return (x + step - 1) / step * step; }
+constexpr int min(int a, int b) { return a < b ? a : b; }
+constexpr int max(int a, int b) { return a > b ? a : b; }
+
+}  // namespace

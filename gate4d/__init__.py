@@ -1,0 +1,43 @@
+"""Motion-aware, fast attention for 3D reconstruction transformers."""
+
+from .functional import AttentionAux, gated_attention
+from .gates import MotionGate
+from .integrations import inspect, patch
+from .moments import Moments
+from .saliency import (
+    GramMap,
+    GramRecipe,
+    GramResult,
+    GramSaliency,
+    PairMaps,
+    PairSaliency,
+    motion_cue,
+    state_confidence,
+)
+from .statistics import cross_moments, logit_moments, received_attention
+from .visibility import TokenLayout, Visibility
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "AttentionAux",
+    "GramMap",
+    "GramRecipe",
+    "GramResult",
+    "GramSaliency",
+    "Moments",
+    "MotionGate",
+    "PairMaps",
+    "PairSaliency",
+    "TokenLayout",
+    "Visibility",
+    "__version__",
+    "cross_moments",
+    "gated_attention",
+    "inspect",
+    "logit_moments",
+    "motion_cue",
+    "patch",
+    "received_attention",
+    "state_confidence",
+]

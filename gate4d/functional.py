@@ -1,0 +1,176 @@
+"""The public functions: shape checks, defaults and dispatch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .backends import Call, Request, select
+from .gates import MotionGate
+from .visibility import Visibility
+
+ROW_STATS = ("entropy", "max_prob", "sum_sq")
+_NO_GATE = MotionGate()
+
+
+class AttentionAux(NamedTuple):
+    """What attention can report beside its output; fields not asked for are None.
+
+    ``p_ij`` is the weight that ``v_j`` received in ``out_i`` before the gate's output scale.
+
+    Attributes:
+        lse: ``log Z_i``, natural logarithm, fp32 ``[B, H, Nq]``; ``-inf`` where nothing is visible. Differentiable.
+        entropy: ``-sum_j p_ij log p_ij`` in nats, fp32 ``[B, H, Nq]``. Not differentiable.
+        max_prob: ``max_j p_ij``, fp32 ``[B, H, Nq]``. Not differentiable.
+        sum_sq: ``sum_j p_ij ** 2``, fp32 ``[B, H, Nq]``. Not differentiable.
+    """
+
+    lse: Tensor
+    entropy: Tensor | None = None
+    max_prob: Tensor | None = None
+    sum_sq: Tensor | None = None
+
+
+def gated_attention(
+    q: Tensor,  # [B, H, Nq, D]
+    k: Tensor,  # [B, H, Nk, D]
+    v: Tensor,  # [B, H, Nk, Dv]
+    *,
+    gate: MotionGate | None = None,
+    visible: Visibility | None = None,
+    scale: float | None = None,
+    row_stats: Sequence[str] = (),
+    return_aux: bool = False,
+    backend: str = "auto",
+) -> Tensor | tuple[Tensor, AttentionAux]:
+    """Attention with a motion gate on the fly, in memory linear in the number of tokens.
+
+    ``out_i = c_i sum_j w_ij exp(s_ij) v_j / Z_i`` over the keys visible to query ``i``, with
+    ``s_ij = scale * q_i . k_j`` and the gate's ``w_ij = (1 - a_i b_j) ** strength``. ``Z_i`` is
+    ``sum_j w_ij exp(s_ij)``, or ``sum_j exp(s_ij)`` for a gate with ``renormalize=False``. Where nothing is
+    visible, or every weight is 0, the output and all gradients are 0 and ``lse`` is ``-inf``.
+
+    Args:
+        q, k, v: ``[B, H, Nq, D]``, ``[B, H, Nk, D]``, ``[B, H, Nk, Dv]``; one floating dtype and device; any
+            strides (a last stride other than 1 costs a copy). Under autocast they are cast to its dtype.
+        gate: None for plain attention.
+        visible: None for full attention.
+        scale: factor of the logits, ``D ** -0.5`` if None.
+        row_stats: any of ``"entropy"``, ``"max_prob"``, ``"sum_sq"``; needs ``return_aux=True``.
+        return_aux: also return :class:`AttentionAux`.
+        backend: ``"auto"``, or the name of a backend, which then never falls back.
+
+    Returns:
+        ``out [B, H, Nq, Dv]`` in q's dtype, or ``(out, aux)``. Differentiable in q, k, v and the gate's scores,
+        through ``out`` and ``aux.lse``.
+
+    Raises:
+        ValueError, TypeError: an argument does not fit; the message names it.
+        NotImplementedError: the backend asked for cannot serve the call; lists every backend's reasons.
+    """
+    _check_qkv(q, k, v)
+    if q.device.type != "meta" and torch.is_autocast_enabled(q.device.type):
+        dtype = torch.get_autocast_dtype(q.device.type)
+        q, k, v = (x.to(dtype) if x.is_floating_point() and x.dtype != torch.float64 else x for x in (q, k, v))
+    if not (q.dtype == k.dtype == v.dtype and q.is_floating_point()):
+        raise TypeError(f"q, k and v must share one floating dtype, got {q.dtype}, {k.dtype} and {v.dtype}.")
+    if scale is None:
+        scale = max(q.shape[3], 1) ** -0.5
+    if row_stats:
+        _check_row_stats(row_stats, return_aux)
+    g = _NO_GATE if gate is None else gate
+    if gate is not None:
+        _check_gate(gate, q, k)
+    bounds = None if visible is None else _check_visible(visible, q, k)
+    gated = g.key_score is not None or g.dropped_keys is not None
+    request = Request(q.device.type, q.dtype, q.shape[3], v.shape[3], gated, bounds is not None, return_aux, _kind(g))
+    call = Call(
+        q, k, v, _score(g.query_score, q), _score(g.key_score, q), g.dropped_keys, bounds,
+        float(scale), g.strength, g.renormalize, bool(row_stats),
+    )  # fmt: skip
+    out, lse, stats = select(backend, request).run(call)
+    if g.output_scale is not None:
+        out = out * g.output_scale[:, None, :, None].to(out.dtype)
+    if not return_aux:
+        return out
+    chosen = {name: stats[i] for i, name in enumerate(ROW_STATS) if name in row_stats}
+    return out, AttentionAux(lse, **chosen)
+
+
+def _kind(gate: MotionGate) -> str:
+    score = "" if gate.key_score is None else "keys" if gate.query_score is None else "pairwise"
+    return "+".join(part for part in ("drop" if gate.dropped_keys is not None else "", score) if part)
+
+
+def _score(score: Tensor | None, q: Tensor) -> Tensor | None:
+    if score is None:
+        return None
+    return score.to(torch.float64 if q.dtype == torch.float64 else torch.float32)
+
+
+def _check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if not isinstance(x, Tensor):
+            raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}.")
+        if x.dim() != 4:
+            raise ValueError(f"{name} must have shape [B, H, N, D], got {list(x.shape)}.")
+    if not q.device == k.device == v.device:
+        raise ValueError(f"q, k and v must be on one device, got {q.device}, {k.device} and {v.device}.")
+    (qb, qh, _, qd), (kb, kh, kn, kd), (vb, vh, vn, _) = q.shape, k.shape, v.shape
+    if qb != kb or qb != vb or qh != kh or qh != vh:
+        raise ValueError(
+            "q, k and v must have the same batch and head counts [B, H, ...], "
+            f"got {list(q.shape)}, {list(k.shape)} and {list(v.shape)}."
+        )
+    if qd != kd:
+        raise ValueError(f"k must have q's head dimension {qd}, got {kd}.")
+    if kn != vn:
+        raise ValueError(f"v must have one value per key ({kn}), got {vn}.")
+
+
+def _check_gate(gate: MotionGate, q: Tensor, k: Tensor) -> None:
+    if not isinstance(gate, MotionGate):
+        raise TypeError(f"gate must be a MotionGate or None, got {type(gate).__name__}.")
+    queries, keys = (q.shape[0], q.shape[2]), (k.shape[0], k.shape[2])
+    for name, x, shape in (
+        ("query_score", gate.query_score, queries),
+        ("key_score", gate.key_score, keys),
+        ("output_scale", gate.output_scale, queries),
+        ("dropped_keys", gate.dropped_keys, keys),
+    ):
+        if x is None:
+            continue
+        if x.shape != shape:
+            kind = "Nq" if shape is queries else "Nk"
+            raise ValueError(f"gate.{name} must have shape [B, {kind}] = {list(shape)}, got {list(x.shape)}.")
+        if x.device != q.device:
+            raise ValueError(f"gate.{name} must be on q's device {q.device}, got {x.device}.")
+
+
+def _check_visible(visible: Visibility, q: Tensor, k: Tensor) -> Tensor | None:
+    if not isinstance(visible, Visibility):
+        raise TypeError(f"visible must be a Visibility or None, got {type(visible).__name__}.")
+    bounds = visible.bounds
+    if bounds is None:
+        return None
+    if bounds.shape[2] != q.shape[2] or bounds.shape[0] not in (1, q.shape[0]):
+        raise ValueError(
+            f"visible must describe Nq={q.shape[2]} queries of a batch of 1 or {q.shape[0]}, "
+            f"got {bounds.shape[2]} queries and a batch of {bounds.shape[0]}."
+        )
+    if visible.num_keys is not None and visible.num_keys != k.shape[2]:
+        raise ValueError(f"visible describes {visible.num_keys} keys, but k has Nk={k.shape[2]}.")
+    if visible.key_extent > k.shape[2]:
+        raise ValueError(f"visible has intervals up to key {visible.key_extent}, but k has Nk={k.shape[2]}.")
+    return visible.bounds_on(q.device)
+
+
+def _check_row_stats(row_stats: Sequence[str], return_aux: bool) -> None:
+    unknown = [s for s in row_stats if s not in ROW_STATS]
+    if isinstance(row_stats, str) or unknown:
+        raise ValueError(f"row_stats must be a sequence of names out of {list(ROW_STATS)}, got {row_stats!r}.")
+    if not return_aux:
+        raise ValueError("row_stats needs return_aux=True: the statistics are returned in aux.")

@@ -1,0 +1,156 @@
+"""Operator schemas, fake kernels and autograd: one registered boundary per call.
+
+``torch.library.define`` with an ``autograd.Function`` outside costs a few microseconds a call;
+``custom_op`` with registered autograd costs several times that. The C++ library registers the CPU kernels;
+schemas live here so that they exist without it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+_NAMESPACE = "gate4d"
+_GATE_ARGS = (
+    "Tensor? query_score, Tensor? key_score, Tensor? dropped_keys, Tensor? bounds, "
+    "float scale, float strength, bool renormalize"
+)
+
+torch.library.define(
+    f"{_NAMESPACE}::attention_forward",
+    f"(Tensor q, Tensor k, Tensor v, {_GATE_ARGS}, bool row_stats) -> (Tensor out, Tensor lse, Tensor stats)",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+torch.library.define(
+    f"{_NAMESPACE}::attention_backward",
+    f"(Tensor grad_out, Tensor? grad_lse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, {_GATE_ARGS}, "
+    "bool score_grads) -> (Tensor grad_q, Tensor grad_k, Tensor grad_v, "
+    "Tensor grad_query_score, Tensor grad_key_score)",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+
+
+def empty_heads_last(like: Tensor, batch: int, heads: int, tokens: int, dim: int) -> Tensor:
+    """``[B, H, N, D]`` over ``[B, N, H, D]`` memory, so that concatenating heads afterwards is a view."""
+    return like.new_empty(batch, tokens, heads, dim).transpose(1, 2)
+
+
+@torch.library.register_fake(f"{_NAMESPACE}::attention_forward")
+def _attention_forward_fake(
+    q, k, v, query_score, key_score, dropped_keys, bounds, scale, strength, renormalize, row_stats
+):
+    batch, heads, num_queries, _ = q.shape
+    out = empty_heads_last(q, batch, heads, num_queries, v.shape[-1])
+    lse = q.new_empty((batch, heads, num_queries), dtype=torch.float32)
+    stats = q.new_empty((3, batch, heads, num_queries) if row_stats else (0,), dtype=torch.float32)
+    return out, lse, stats
+
+
+@torch.library.register_fake(f"{_NAMESPACE}::attention_backward")
+def _attention_backward_fake(
+    grad_out, grad_lse, q, k, v, out, lse, query_score, key_score, dropped_keys, bounds,
+    scale, strength, renormalize, score_grads,
+):  # fmt: skip
+    def like(x: Tensor) -> Tensor:
+        return empty_heads_last(x, *x.shape)
+
+    def score(x: Tensor | None) -> Tensor:
+        wanted = score_grads and x is not None
+        return q.new_empty(x.shape if wanted else (0,), dtype=torch.float32)
+
+    return like(q), like(k), like(v), score(query_score), score(key_score)
+
+
+class _Attention(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(q, k, v, query_score, key_score, dropped_keys, bounds, scale, strength, renormalize, row_stats):
+        return torch.ops.gate4d.attention_forward(
+            q, k, v, query_score, key_score, dropped_keys, bounds, scale, strength, renormalize, row_stats
+        )
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
+        q, k, v, query_score, key_score, dropped_keys, bounds, *settings, _ = inputs
+        out, lse, stats = output
+        ctx.mark_non_differentiable(stats)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(q, k, v, out, lse, query_score, key_score, dropped_keys, bounds)
+        ctx.settings = settings
+
+    @staticmethod
+    @once_differentiable  # a second derivative is an error, not a silent 0
+    def backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None, _grad_stats: Tensor | None):
+        q, k, v, out, lse, query_score, key_score, dropped_keys, bounds = ctx.saved_tensors
+        none = (None,) * 6
+        if grad_out is None and grad_lse is None:
+            return None, None, None, None, None, *none
+        if grad_out is None:
+            grad_out = torch.zeros_like(out)
+        gate = (query_score, key_score, dropped_keys, bounds, *ctx.settings)
+        score_grads = ctx.needs_input_grad[3] or ctx.needs_input_grad[4]
+        grads = torch.ops.gate4d.attention_backward(grad_out, grad_lse, q, k, v, out, lse, *gate, score_grads)
+        return *(g if need else None for g, need in zip(grads, ctx.needs_input_grad[:5], strict=True)), *none
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    query_score: Tensor | None,
+    key_score: Tensor | None,
+    dropped_keys: Tensor | None,
+    bounds: Tensor | None,
+    scale: float,
+    strength: float,
+    renormalize: bool,
+    row_stats: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The registered operator, with autograd where a gradient can be asked for."""
+    args = (q, k, v, query_score, key_score, dropped_keys, bounds, scale, strength, renormalize, row_stats)
+    if torch.is_grad_enabled() and (any(x is not None and x.requires_grad for x in args[:5]) or _is_transformed()):
+        return _Attention.apply(*args)
+    return torch.ops.gate4d.attention_forward(*args)
+
+
+def _is_transformed() -> bool:
+    """Inside ``torch.func``: a tensor batched by vmap does not tell whether an outer level differentiates it."""
+    return not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None
+
+
+def _fold(x: Tensor | None, dim: int | None, size: int, batch: int) -> Tensor | None:
+    """Merge a vmapped dimension into the batch dimension 0; ``batch`` is 1 or B where the axis may be broadcast."""
+    if x is None:
+        return None
+    x = x.unsqueeze(0).expand(size, *x.shape) if dim is None else x.movedim(dim, 0)
+    if x.shape[1] != batch:
+        x = x.expand(size, batch, *x.shape[2:])
+    return x.flatten(0, 1)
+
+
+def _fold_all(tensors, dims, size):
+    q_index = 2 if len(tensors) > 7 else 0
+    q, dim = tensors[q_index], dims[q_index]
+    batch = q.shape[0] if dim is None else q.movedim(dim, 0).shape[1]
+    return [_fold(x, d, size, batch) for x, d in zip(tensors, dims, strict=True)]
+
+
+@torch.library.register_vmap(f"{_NAMESPACE}::attention_forward")
+def _attention_forward_vmap(info, in_dims, *args):
+    size = info.batch_size
+    out, lse, stats = torch.ops.gate4d.attention_forward(*_fold_all(args[:7], in_dims[:7], size), *args[7:])
+    stats_dim = 1 if stats.dim() == 4 else None
+    stats = stats if stats_dim is None else stats.unflatten(1, (size, -1))
+    return (out.unflatten(0, (size, -1)), lse.unflatten(0, (size, -1)), stats), (0, 0, stats_dim)
+
+
+@torch.library.register_vmap(f"{_NAMESPACE}::attention_backward")
+def _attention_backward_vmap(info, in_dims, *args):
+    size = info.batch_size
+    grads = torch.ops.gate4d.attention_backward(*_fold_all(args[:11], in_dims[:11], size), *args[11:])
+    dims = tuple(None if g.numel() == 0 and g.dim() == 1 else 0 for g in grads)
+    return tuple(g if d is None else g.unflatten(0, (size, -1)) for g, d in zip(grads, dims, strict=True)), dims

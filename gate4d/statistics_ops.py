@@ -1,0 +1,33 @@
+"""Schemas and fake kernels of the statistics; the C++ library registers the CPU kernels. Forward only."""
+
+from __future__ import annotations
+
+import torch
+
+_NAMESPACE = "gate4d"
+
+torch.library.define(
+    f"{_NAMESPACE}::received_attention",
+    "(Tensor q, Tensor k, Tensor lse, Tensor? query_score, Tensor? key_score, Tensor? bounds, "
+    "float scale, float strength) -> (Tensor mean, Tensor m2)",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+
+
+@torch.library.register_fake(f"{_NAMESPACE}::received_attention")
+def _received_attention_fake(q, k, lse, query_score, key_score, bounds, scale, strength):
+    mean = q.new_empty((*q.shape[:2], k.shape[2]), dtype=torch.float32)
+    return mean, torch.empty_like(mean)
+
+
+torch.library.define(
+    f"{_NAMESPACE}::cross_moments",
+    "(Tensor[] x, Tensor y, Tensor centre) -> (Tensor mean, Tensor m2)",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+
+
+@torch.library.register_fake(f"{_NAMESPACE}::cross_moments")
+def _cross_moments_fake(x, y, centre):
+    mean = y.new_empty((x[0].shape[0], x[0].shape[2]))
+    return mean, torch.empty_like(mean)

@@ -1,0 +1,243 @@
+"""Which keys a query sees: frames, windows, anchors and packed sequences as intervals.
+
+The keys visible to query ``i`` are ``[0, sink_end_i)`` together with ``[start_i, end_i)``. Three integers a
+query describe every mask of the supported systems, so that no ``Nq x Nk`` mask is ever stored.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import accumulate
+from operator import index
+
+import torch
+from torch import Tensor
+
+
+class TokenLayout:
+    """How the tokens of a clip are laid out: frame after frame, special tokens first in each frame.
+
+    Args:
+        frames: number of frames ``T``.
+        tokens_per_frame: tokens of a frame, special tokens included; an int, or one int per frame.
+        special_tokens: leading camera, register or pose tokens ``R`` of each frame.
+    """
+
+    def __init__(self, frames: int, tokens_per_frame: int | Sequence[int], special_tokens: int = 0):
+        if not isinstance(frames, int) or frames < 1:
+            raise ValueError(f"frames must be an int >= 1, got {frames!r}.")
+        try:
+            ragged = hasattr(tokens_per_frame, "__len__")
+            sizes = tuple(map(index, tokens_per_frame)) if ragged else (index(tokens_per_frame),) * frames
+        except TypeError:
+            raise TypeError(
+                f"tokens_per_frame must be an int or one int per frame, got {tokens_per_frame!r}."
+            ) from None
+        if len(sizes) != frames:
+            raise ValueError(f"tokens_per_frame must be an int or {frames} ints (one per frame), got {len(sizes)}.")
+        if not isinstance(special_tokens, int) or special_tokens < 0:
+            raise ValueError(f"special_tokens must be an int >= 0, got {special_tokens!r}.")
+        if min(sizes) < max(1, special_tokens):
+            raise ValueError(
+                f"tokens_per_frame must be at least 1 and at least special_tokens={special_tokens}, got {min(sizes)}."
+            )
+        self.frames = frames
+        self.tokens_per_frame = sizes
+        self.special_tokens = special_tokens
+        self.offsets = (0, *accumulate(sizes))  # frame t holds the tokens offsets[t] .. offsets[t + 1]
+
+    def __repr__(self) -> str:
+        sizes = self.tokens_per_frame
+        shown = sizes[0] if self.uniform else list(sizes)
+        return f"TokenLayout(frames={self.frames}, tokens_per_frame={shown}, special_tokens={self.special_tokens})"
+
+    def __eq__(self, other: object) -> bool:
+        return (
+            isinstance(other, TokenLayout)
+            and self.tokens_per_frame == other.tokens_per_frame
+            and self.special_tokens == other.special_tokens
+        )
+
+    def __hash__(self) -> int:
+        return hash((self.tokens_per_frame, self.special_tokens))
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of the whole clip, ``N``."""
+        return self.offsets[-1]
+
+    @property
+    def uniform(self) -> bool:
+        """True if every frame has the same number of tokens."""
+        return len(set(self.tokens_per_frame)) == 1
+
+    @property
+    def patches_per_frame(self) -> int:
+        """Patch tokens of a frame; raises ValueError for a ragged layout."""
+        if not self.uniform:
+            raise ValueError("patches_per_frame needs a layout whose frames all have the same number of tokens.")
+        return self.tokens_per_frame[0] - self.special_tokens
+
+    def is_patch(self, device: torch.device | str = "cpu") -> Tensor:
+        """Bool ``[N]``, False at special tokens."""
+        keep = torch.ones(self.num_tokens, dtype=torch.bool, device=device)
+        for begin in self.offsets[:-1]:
+            keep[begin : begin + self.special_tokens] = False
+        return keep
+
+    def token_scores(self, patch_scores: Tensor) -> Tensor:
+        """Patch scores ``[B, T, patches]`` (ragged: ``[B, sum of patches]``) to token scores ``[B, N]``.
+
+        Special tokens get 0 (False for bool scores): no system gates them.
+        """
+        patches = self.num_tokens - self.frames * self.special_tokens
+        if patch_scores.dim() not in (2, 3) or patch_scores.shape[1:].numel() != patches:
+            raise ValueError(
+                f"patch_scores must have {patches} patch scores a batch item for {self!r}, "
+                f"got {list(patch_scores.shape)}."
+            )
+        scores = patch_scores.new_zeros(patch_scores.shape[0], self.num_tokens)
+        scores[:, self.is_patch(scores.device)] = patch_scores.flatten(1)
+        return scores
+
+    def patch_tokens(self, tokens: Tensor, dim: int = 1) -> Tensor:
+        """Select the patch tokens of ``tokens`` along ``dim`` (of length N), dropping special tokens."""
+        if tokens.shape[dim] != self.num_tokens:
+            raise ValueError(f"tokens must have {self.num_tokens} entries along dim {dim}, got {tokens.shape[dim]}.")
+        return tokens.index_select(dim, self.is_patch(tokens.device).nonzero().squeeze(1))
+
+
+class Visibility:
+    """Interval-plus-sink visibility; use the named constructors.
+
+    Attributes:
+        bounds: int32 ``[1 or B, 3, Nq]``, rows ``start, end, sink_end``; None when everything is visible.
+        key_extent: one past the largest key index mentioned, so that a call can be checked without a read.
+        num_keys: the exact number of keys the constructor's layout describes, None where it describes none.
+    """
+
+    __slots__ = ("_on_device", "bounds", "key_extent", "num_keys")
+
+    def __init__(self, bounds: Tensor | None, key_extent: int = 0, num_keys: int | None = None):
+        self.bounds = bounds
+        self.key_extent = key_extent
+        self.num_keys = num_keys
+        self._on_device: dict[torch.device, Tensor] = {}
+
+    def __repr__(self) -> str:
+        shape = "full" if self.bounds is None else f"bounds={list(self.bounds.shape)}, key_extent={self.key_extent}"
+        return f"Visibility({shape})"
+
+    @classmethod
+    def full(cls) -> Visibility:
+        """Every query sees every key."""
+        return cls(None)
+
+    @classmethod
+    def per_frame(cls, layout: TokenLayout) -> Visibility:
+        """Self-attention inside each frame (VGGT's frame blocks)."""
+        return cls.packed(layout.offsets)
+
+    @classmethod
+    def frame_causal(
+        cls, layout: TokenLayout, window: int | None = None, sinks: int = 0, first_query_frame: int = 0
+    ) -> Visibility:
+        """Causal over frames, full inside a frame ("grouped causal"; MoRe, StreamVGGT, STream3R).
+
+        Args:
+            layout: describes the keys; the queries are its frames from ``first_query_frame`` on.
+            window: number of frames a query sees, its own included; None for all earlier frames.
+            sinks: number of leading frames (anchors) that stay visible beside the window. They are subject
+                to causality: a query never sees a later frame.
+            first_query_frame: offset of the queries into the cached keys.
+        """
+        if window is not None and (not isinstance(window, int) or window < 1):
+            raise ValueError(f"window must be None or an int >= 1 (frames, the current one included), got {window!r}.")
+        if not isinstance(sinks, int) or sinks < 0:
+            raise ValueError(f"sinks must be an int >= 0 (frames), got {sinks!r}.")
+        if not isinstance(first_query_frame, int) or not 0 <= first_query_frame < layout.frames:
+            raise ValueError(
+                f"first_query_frame must be in [0, {layout.frames}) for {layout!r}, got {first_query_frame!r}."
+            )
+        frames = range(first_query_frame, layout.frames)
+        start = [layout.offsets[0 if window is None else max(0, t + 1 - window)] for t in frames]
+        end = [layout.offsets[t + 1] for t in frames]
+        sink = [layout.offsets[min(sinks, t + 1)] for t in frames]
+        per_frame = torch.tensor([start, end, sink], dtype=torch.int32)
+        repeats = torch.tensor(layout.tokens_per_frame[first_query_frame:])
+        return cls(per_frame.repeat_interleave(repeats, dim=1)[None], layout.num_tokens, layout.num_tokens)
+
+    @classmethod
+    def packed(
+        cls, cu_seqlens: Tensor | Sequence[int], cu_seqlens_k: Tensor | Sequence[int] | None = None
+    ) -> Visibility:
+        """Independent sequences packed one after the other.
+
+        Args:
+            cu_seqlens: cumulative query lengths, from 0 to Nq, non-decreasing.
+            cu_seqlens_k: the same for the keys; None when queries and keys are packed alike.
+        """
+        queries = _cumulative(cu_seqlens, "cu_seqlens")
+        keys = queries if cu_seqlens_k is None else _cumulative(cu_seqlens_k, "cu_seqlens_k")
+        if len(keys) != len(queries):
+            raise ValueError(
+                f"cu_seqlens_k must describe as many sequences as cu_seqlens ({queries.numel() - 1}), "
+                f"got {keys.numel() - 1}."
+            )
+        rows = torch.stack((keys[:-1], keys[1:], torch.zeros_like(keys[1:])))
+        bounds = rows.repeat_interleave(queries.diff(), dim=1).to(torch.int32)
+        return cls(bounds[None], int(keys[-1]), int(keys[-1]))
+
+    @classmethod
+    def intervals(cls, start: Tensor, end: Tensor, sink_end: Tensor | int = 0) -> Visibility:
+        """Explicit intervals: query ``i`` sees ``[0, sink_end_i)`` and ``[start_i, end_i)``.
+
+        Args:
+            start, end: integer ``[Nq]``, ``[1, Nq]`` or ``[B, Nq]``; ``end <= start`` is an empty interval.
+            sink_end: an int, or a tensor of the same shapes.
+        """
+        sink = torch.as_tensor(sink_end)
+        named = {"start": start, "end": end, "sink_end": sink}
+        for name, x in named.items():
+            if not isinstance(x, Tensor) or x.is_floating_point() or x.dtype == torch.bool:
+                raise TypeError(f"{name} must be an integer tensor, got {getattr(x, 'dtype', type(x).__name__)}.")
+            if x.dim() not in ((0, 1, 2) if name == "sink_end" else (1, 2)):
+                raise ValueError(f"{name} must have shape [Nq] or [B, Nq], got {list(x.shape)}.")
+        try:
+            rows = torch.broadcast_tensors(*(x if x.dim() == 2 else x.reshape(1, -1) for x in named.values()))
+        except RuntimeError:
+            shapes = {name: list(x.shape) for name, x in named.items()}
+            raise ValueError(f"start, end and sink_end must have matching shapes, got {shapes}.") from None
+        bounds = torch.stack(tuple(r.to(start.device) for r in rows), dim=1)
+        if bounds.numel() and int(bounds.min()) < 0:
+            raise ValueError(f"intervals must not be negative, got a bound of {int(bounds.min())}.")
+        extent = int(bounds[:, 1:].max()) if bounds.numel() else 0
+        if extent > torch.iinfo(torch.int32).max:
+            raise ValueError(f"intervals must fit into int32, got a bound of {extent}.")
+        return cls(bounds.clamp(max=torch.iinfo(torch.int32).max).to(torch.int32).contiguous(), extent)
+
+    def bounds_on(self, device: torch.device) -> Tensor | None:
+        """``bounds`` on ``device``; the copy is kept, so that a visibility reused over layers is moved once."""
+        if self.bounds is None or self.bounds.device == device:
+            return self.bounds
+        if device not in self._on_device:
+            self._on_device[device] = self.bounds.to(device)
+        return self._on_device[device]
+
+    def dense(self, num_queries: int, num_keys: int) -> Tensor:
+        """The boolean mask ``[1 or B, Nq, Nk]``, True = visible, for tests and peers: users run out of memory here."""
+        if self.bounds is None:
+            return torch.ones(1, num_queries, num_keys, dtype=torch.bool)
+        start, end, sink = self.bounds[..., None].unbind(1)
+        j = torch.arange(num_keys, device=self.bounds.device)
+        return (j < sink) | ((j >= start) & (j < end))
+
+
+def _cumulative(lengths: Tensor | Sequence[int], name: str) -> Tensor:
+    cu = torch.as_tensor(lengths).to("cpu")
+    if cu.is_floating_point() and cu.numel():
+        raise TypeError(f"{name} must hold integers, got {cu.dtype}.")
+    cu = cu.to(torch.int64)
+    if cu.dim() != 1 or cu.numel() < 2 or int(cu[0]) != 0 or bool((cu.diff() < 0).any()):
+        raise ValueError(f"{name} must be a non-decreasing 1-D sequence that starts at 0, got {cu.tolist()[:8]}.")
+    return cu

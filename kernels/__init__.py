@@ -1,0 +1,1 @@
+"""Kernels, one folder per operation; installed as ``gate4d.kernels``."""

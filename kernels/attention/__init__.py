@@ -1,0 +1,1 @@
+"""Rank-1 gated, interval-masked softmax attention."""

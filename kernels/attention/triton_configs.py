@@ -1,0 +1,102 @@
+"""Tile shapes and variants per pass, architecture, type and head dimension.
+
+The defaults follow from registers and shared memory of the compiled code; ``triton_tuned.json`` beside this
+file holds measured replacements, so that nobody who installs the package pays for tuning.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from functools import cache
+from pathlib import Path
+
+import torch
+
+TUNED = Path(__file__).with_name("triton_tuned.json")
+PASSES = ("forward", "forward_stats", "grad_query", "grad_key", "received")
+
+
+@dataclass(frozen=True)
+class Config:
+    """How one kernel is compiled. The last two are variants of the forward pass."""
+
+    block_m: int
+    block_n: int
+    num_warps: int
+    num_stages: int
+    descriptors: bool = False  # load K and V through tensor descriptors (the copy engine from Hopper on)
+    persistent: bool = False
+
+    @property
+    def options(self) -> dict[str, int]:
+        return {"num_warps": self.num_warps, "num_stages": self.num_stages}
+
+
+# (pass, bytes per element) -> by width of the widest head: block_m, block_n, warps, stages. For each, the largest
+# tile whose compiled code needs no local memory in any combination of gate, visibility and statistics.
+Table = dict[tuple[str, int], dict[int, tuple[int, int, int, int]]]
+_AMPERE: Table = {
+    ("forward", 2): {64: (128, 64, 8, 3), 128: (64, 32, 8, 2), 256: (64, 64, 8, 2)},
+    ("forward_stats", 2): {64: (128, 64, 8, 3), 128: (64, 32, 8, 2), 256: (64, 64, 8, 2)},
+    ("grad_query", 2): {64: (64, 64, 8, 2), 128: (64, 32, 8, 2), 256: (64, 32, 8, 1)},
+    ("grad_key", 2): {64: (32, 128, 8, 2), 128: (32, 32, 8, 1), 256: (32, 32, 8, 1)},
+    ("received", 2): {64: (64, 128, 8, 2), 128: (64, 64, 8, 2), 256: (64, 64, 8, 1)},
+    ("forward", 4): {64: (32, 32, 8, 1), 128: (32, 32, 8, 1), 256: (32, 32, 8, 2)},
+    ("forward_stats", 4): {64: (32, 32, 8, 1), 128: (32, 32, 8, 1), 256: (32, 32, 8, 2)},
+    ("grad_query", 4): {64: (32, 32, 8, 1), 128: (32, 16, 8, 1), 256: (16, 16, 8, 1)},
+    ("grad_key", 4): {64: (32, 32, 4, 1), 128: (16, 32, 8, 1), 256: (16, 32, 8, 1)},
+    ("received", 4): {64: (32, 32, 8, 1), 128: (32, 32, 8, 1), 256: (16, 32, 8, 1)},
+}
+_HOPPER: Table = {
+    ("forward", 2): {64: (128, 128, 8, 3), 128: (128, 64, 8, 3), 256: (64, 64, 8, 2)},
+    ("forward_stats", 2): {64: (64, 64, 8, 2), 128: (128, 64, 8, 3), 256: (64, 64, 8, 2)},
+    ("grad_query", 2): {64: (64, 64, 8, 2), 128: (64, 64, 8, 2), 256: (64, 32, 8, 1)},
+    ("grad_key", 2): {64: (32, 128, 8, 2), 128: (32, 64, 8, 1), 256: (32, 32, 8, 1)},
+}
+_UNALIGNED: dict[tuple[str, int], tuple[int, int, int, int]] = {
+    ("forward", 2): (64, 32, 8, 2),
+    ("forward_stats", 2): (64, 32, 8, 2),
+}
+_override: dict[str, Config] = {}
+
+
+def config(kind: str, capability: tuple[int, int], dtype: torch.dtype, width: int, aligned: bool = True) -> Config:
+    """The configuration of a pass; ``width`` is the widest head dimension, padded."""
+    if kind in _override:
+        return _override[kind]
+    for row in _tuned():
+        if (row["pass"], tuple(row["capability"]), row["dtype"], row["width"]) == (
+            kind, capability, str(dtype).removeprefix("torch."), width,
+        ):  # fmt: skip
+            return Config(**row["config"])
+    key = (kind, 4 if dtype == torch.float32 else 2)
+    table = _HOPPER.get(key, _AMPERE[key]) if capability >= (9, 0) else _AMPERE[key]
+    # Rows that Triton does not know to be aligned are loaded element by element, with an address each.
+    return Config(*(table[max(64, width)] if aligned else _UNALIGNED.get(key, table[256])))
+
+
+@contextmanager
+def override(kind: str, base: Config, **changes: int | bool) -> Iterator[Config]:
+    """Within the context ``kind`` uses ``base`` with ``changes``: how benchmarks try variants."""
+    chosen = replace(base, **changes)
+    previous = dict(_override)
+    _override[kind] = chosen
+    try:
+        yield chosen
+    finally:
+        _override.clear()
+        _override.update(previous)
+
+
+@cache
+def _tuned() -> list[dict]:
+    return json.loads(TUNED.read_text()) if TUNED.exists() else []
+
+
+def tuned_row(kind: str, capability: tuple[int, int], dtype: torch.dtype, width: int, chosen: Config) -> dict:
+    """A row of the tuned table."""
+    name = str(dtype).removeprefix("torch.")
+    return {"pass": kind, "capability": list(capability), "dtype": name, "width": width, "config": asdict(chosen)}

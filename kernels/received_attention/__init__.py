@@ -1,0 +1,1 @@
+"""Mean and variance per key of the attention probabilities, recomputed from lse."""

@@ -1,0 +1,135 @@
+"""Attention received in Triton: mean and squared deviation of every key's probabilities, one pass given lse."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..attention.triton_configs import config
+from ..attention.triton_launch import problem, query_reach
+from ..triton_common import gate_base, load_row, probability, query_tiles, row_lse, seen_by_all
+from ..triton_runtime import block_dim, capability, launch, strides
+
+
+@triton.jit
+def received_kernel(
+    Q, K, LSE, A, B, BOUNDS, REACH, MEAN, M2,
+    stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn,
+    bounds_stride_b, reach_stride_b, heads, num_queries, num_keys, exponent_scale, strength,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, THREADS: tl.constexpr,
+    GATE: tl.constexpr, POWER: tl.constexpr, HAS_BOUNDS: tl.constexpr, PRECISION: tl.constexpr,
+    NATURAL: tl.constexpr,
+):  # fmt: skip
+    """Grid: (tile of keys, batch, head), flattened. Tiles of queries are merged by the pairwise update of moments, so
+    that the variance of nearly uniform attention does not cancel."""
+    pid = tl.program_id(0)
+    key_tiles = tl.cdiv(num_keys, BLOCK_N)
+    bh, n0 = pid // key_tiles, (pid % key_tiles) * BLOCK_N
+    b, h = bh // heads, (bh % heads).to(tl.int64)
+    b64 = b.to(tl.int64)
+    lane_m = tl.arange(0, BLOCK_M)
+    lane_n = tl.arange(0, BLOCK_N)
+    offs_d = tl.arange(0, BLOCK_D)
+    offs_n = n0 + lane_n
+    inside_d = (offs_d < D)[None, :]
+    inside_n = offs_n < num_keys
+    p_k = K + b64 * stride_kb + h * stride_kh + n0.to(tl.int64) * stride_kn
+    p_k += lane_n[:, None] * stride_kn + offs_d[None, :]
+    k = tl.load(p_k, mask=inside_n[:, None] & inside_d, other=0.0)  # [BLOCK_N, BLOCK_D]
+    if GATE != 0:
+        key_score = tl.load(B + b64 * num_keys + offs_n, mask=inside_n, other=0.0)
+
+    tiles = tl.cdiv(num_queries, BLOCK_M)
+    first = 0
+    last = tiles
+    if HAS_BOUNDS:
+        p_reach = REACH + b64 * reach_stride_b
+        first, last = query_tiles(p_reach, n0, tiles, BLOCK_N, 128)
+
+    count = 0.0
+    mean = tl.zeros([BLOCK_N], tl.float32)
+    m2 = tl.zeros([BLOCK_N], tl.float32)
+    p_q = Q + b64 * stride_qb + h * stride_qh + lane_m[:, None] * stride_qn + offs_d[None, :]
+    p_row = bh.to(tl.int64) * num_queries
+    for tile in range(first, last):
+        m0 = tile * BLOCK_M
+        left = num_queries - m0
+        inside_m = lane_m < left
+        q = tl.load(p_q + m0.to(tl.int64) * stride_qn, mask=inside_m[:, None] & inside_d, other=0.0)
+        lse = row_lse(load_row(LSE + p_row + m0, left, BLOCK_M, THREADS), NATURAL)
+        s = tl.dot(k, tl.trans(q), input_precision=PRECISION) * exponent_scale  # [BLOCK_N, BLOCK_M]
+        partial = left < BLOCK_M
+        if HAS_BOUNDS:
+            all_low = tl.load(p_reach + 3 * tiles + tile)
+            all_high = tl.load(p_reach + 4 * tiles + tile)
+            all_far = tl.load(p_reach + 5 * tiles + tile)
+            partial = partial | (not seen_by_all(n0, all_low, all_high, all_far, BLOCK_N))
+        if partial:
+            seen = inside_m[None, :]
+            if HAS_BOUNDS:
+                p_bounds = BOUNDS + b64 * bounds_stride_b + m0
+                start = load_row(p_bounds, left, BLOCK_M, THREADS)[None, :]
+                end = load_row(p_bounds + num_queries, left, BLOCK_M, THREADS)[None, :]
+                sink = load_row(p_bounds + 2 * num_queries, left, BLOCK_M, THREADS)[None, :]
+                key = offs_n[:, None]
+                seen = seen & ((key < sink) | ((key >= start) & (key < end)))
+            s = tl.where(seen, s, -float("inf"))
+        if GATE == 2:
+            a = load_row(A + b64 * num_queries + m0, left, BLOCK_M, THREADS)
+        else:
+            a = 0.0
+        if GATE != 0:
+            base = gate_base(a, key_score, GATE, True)
+        else:
+            base = 1.0
+        p, _ = probability(s, lse[None, :], base, strength, GATE, POWER, True, NATURAL)
+        rows = tl.minimum(left, BLOCK_M).to(tl.float32)
+        tile_mean = tl.sum(p, 1) / rows
+        deviation = p - tile_mean[:, None]
+        if left < BLOCK_M:
+            deviation = tl.where(inside_m[None, :], deviation, 0.0)
+        step = tile_mean - mean
+        total = count + rows
+        mean += step * (rows / total)
+        m2 += tl.sum(deviation * deviation, 1) + step * step * (count * rows / total)
+        count = total
+    # The queries of the tiles that were skipped count with probability 0.
+    everyone = num_queries * 1.0
+    m2 += mean * mean * (count * (everyone - count) / everyone)
+    mean = mean * (count / everyone)
+    out = bh.to(tl.int64) * num_keys + offs_n
+    tl.store(MEAN + out, mean, mask=inside_n)
+    tl.store(M2 + out, m2, mask=inside_n)
+
+
+def received_attention(
+    q: Tensor,  # [B, H, Nq, D]
+    k: Tensor,  # [B, H, Nk, D]
+    lse: Tensor,  # [B, H, Nq]
+    query_score: Tensor | None,  # [B, Nq]
+    key_score: Tensor | None,  # [B, Nk]
+    bounds: Tensor | None,  # [1 or B, 3, Nq] int32
+    scale: float,
+    strength: float,
+) -> tuple[Tensor, Tensor]:
+    """``gate4d::received_attention``: mean and sum of squared deviations over all queries, fp32 ``[B, H, Nk]``."""
+    batch, heads, num_queries, dim = q.shape
+    mean = q.new_empty(batch, heads, k.shape[2], dtype=torch.float32)
+    m2 = torch.empty_like(mean)
+    if num_queries == 0:
+        return mean.zero_(), m2.zero_()
+    p = problem(q, k, query_score, key_score, None, bounds, scale, strength, True)
+    c = config("received", capability(q.device), q.dtype, block_dim(dim))
+    reach = query_reach(p, c.block_m)
+    shared = {name: value for name, value in p.shared.items() if name not in ("KEY_COUNT", "HAS_COUNT", "RENORM")}
+    args = {
+        "Q": p.q, "K": p.k, "LSE": lse.float().contiguous(), "REACH": reach, "MEAN": mean, "M2": m2,
+        **strides("q", p.q), **strides("k", p.k),
+        "reach_stride_b": 0 if reach is None or reach.shape[0] == 1 else reach.stride(0),
+        "D": dim, "BLOCK_D": block_dim(dim), "BLOCK_M": c.block_m, "BLOCK_N": c.block_n, "THREADS": 32 * c.num_warps,
+        **shared,
+    }  # fmt: skip
+    launch(received_kernel, (triton.cdiv(k.shape[2], c.block_n) * batch * heads,), args, **c.options)
+    return mean, m2

@@ -1,0 +1,193 @@
+"""Triton building blocks that every kernel over the score matrix shares: the gate's weight, tile visibility.
+
+Scores are handled in base 2: ``s2 = scale * log2(e) * q . k``, so that ``exp2`` needs no further multiplication.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+LOG2E = 1.4426950408889634
+LN2 = 0.6931471805599453
+# tl.constexpr globals can be read inside kernels; plain ones cannot.
+_NONE = tl.constexpr(2**31 - 1)
+
+NO_GATE, KEY_GATE, PAIR_GATE = 0, 1, 2
+
+
+def power_code(strength: float, half_precision: bool) -> int:
+    """``2 * strength`` where the weight is a product of few factors, 0 where it takes exp2 and log2.
+
+    In half precision a power above 2 could leave the range of fp16; the logarithmic form joins the exponent,
+    whose maximum is subtracted, and cannot.
+    """
+    doubled = 2 * strength
+    largest = 4 if half_precision else 8
+    return int(doubled) if doubled == int(doubled) and 1 <= doubled <= largest else 0
+
+
+@triton.jit
+def to_natural(x):
+    """``x * ln 2`` with the constant in two parts: lse is converted forth and back, and a large one must not drift."""
+    return x * 0.693147182464599609375 + x * -1.904654299957768e-09
+
+
+@triton.jit
+def to_base2(x):
+    """``x * log2 e``, the inverse of :func:`to_natural`."""
+    return x * 1.44269502162933349609375 + x * 1.925963033500412e-08
+
+
+@triton.jit
+def load_row(P, left, BLOCK: tl.constexpr, THREADS: tl.constexpr):
+    """``P[0:BLOCK]`` with 0 from ``left`` on, for a vector that is broadcast along a score tile.
+
+    A load with fewer elements than threads is taken for a cheap one and repeated in the layout of the score tile,
+    which for a row means one instruction per column and thread. Padding it with masked lanes prevents that.
+    """
+    COPIES: tl.constexpr = 1 if THREADS <= BLOCK else (2 if THREADS <= 2 * BLOCK else 4)
+    lane = tl.arange(0, COPIES * BLOCK)
+    x = tl.load(P + lane, mask=(lane < BLOCK) & (lane < left), other=0)
+    if COPIES == 4:
+        x, _ = tl.split(tl.trans(tl.reshape(x, [2, 2 * BLOCK])))
+    if COPIES >= 2:
+        x, _ = tl.split(tl.trans(tl.reshape(x, [2, BLOCK])))
+    return x
+
+
+@triton.jit
+def gate_base(a, b, GATE: tl.constexpr, KEYS_FIRST: tl.constexpr):
+    """``1 - a_i b_j``: ``[M, N]``, ``[N, M]`` with KEYS_FIRST, or one row (column) for a gate on keys alone."""
+    if KEYS_FIRST:
+        product = b[:, None]
+        if GATE == 2:
+            product = a[None, :] * product
+    else:
+        product = b[None, :]
+        if GATE == 2:
+            product = a[:, None] * product
+    return 1.0 - product
+
+
+@triton.jit
+def gate_weight(base, strength, POWER: tl.constexpr):
+    """``base ** strength``; POWER is :func:`power_code`."""
+    if POWER == 0:
+        return tl.exp2(strength * tl.log2(base))
+    if POWER % 2 == 1:
+        weight = tl.sqrt(base)
+    else:
+        weight = base
+    for _ in tl.static_range((POWER - 1) // 2):
+        weight = weight * base
+    return weight
+
+
+@triton.jit
+def row_lse(lse, NATURAL: tl.constexpr):
+    """lse as :func:`probability` takes it: in base 2 unless NATURAL; infinite for a row without weight, whose
+    probabilities are then all 0."""
+    lse = tl.where(lse == -float("inf"), float("inf"), lse)
+    if not NATURAL:
+        lse = to_base2(lse)
+    return lse
+
+
+@triton.jit
+def probability(
+    s, lse, base, strength, GATE: tl.constexpr, POWER: tl.constexpr, RENORM: tl.constexpr, NATURAL: tl.constexpr
+):
+    """``(p, e)``: the gated probability, and ``exp(s - lse)`` without the gate (``p`` where that is not needed).
+
+    ``s`` and ``lse`` are in base 2, or with NATURAL (fp32) to base e: one multiplication more, after the difference
+    of two large numbers and not before it.
+    """
+    x = s - lse
+    if NATURAL:
+        x = x * 1.4426950408889634
+    if GATE == 0:
+        p = tl.exp2(x)
+        return p, p
+    if RENORM and POWER == 0:
+        p = tl.exp2(x + strength * tl.log2(base))
+        return p, p
+    if RENORM:
+        # A key of weight 0 is not in the sum, so its logit may exceed lse without limit; its weight makes it 0.
+        x = tl.minimum(x, 100.0)
+    e = tl.exp2(x)
+    return e * gate_weight(base, strength, POWER), e
+
+
+@triton.jit
+def row_bounds(BOUNDS, b, offs_m, num_queries, num_keys, bounds_stride_b):
+    """``start, end, sink_end`` of the rows ``offs_m``; rows outside see nothing."""
+    inside = offs_m < num_queries
+    base = BOUNDS + b.to(tl.int64) * bounds_stride_b + offs_m
+    start = tl.load(base, mask=inside, other=0)
+    end = tl.minimum(tl.load(base + num_queries, mask=inside, other=0), num_keys)
+    sink = tl.minimum(tl.load(base + 2 * num_queries, mask=inside, other=0), num_keys)
+    return start, end, sink
+
+
+@triton.jit
+def reach(start, end, sink, inside):
+    """Of a tile of rows: smallest start, largest end, largest sink of what any row sees; largest start,
+    smallest end, smallest sink of what all rows see."""
+    some = inside & (end > start)
+    low = tl.min(tl.where(some, start, _NONE), 0)
+    high = tl.max(tl.where(some, end, 0), 0)
+    far = tl.max(tl.where(inside, sink, 0), 0)
+    all_low = tl.max(tl.where(inside, start, 0), 0)
+    all_high = tl.min(tl.where(inside, end, _NONE), 0)
+    all_far = tl.min(tl.where(inside, sink, _NONE), 0)
+    return low, high, far, all_low, all_high, all_far
+
+
+@triton.jit
+def seen_by_all(n0, all_low, all_high, all_far, BLOCK_N: tl.constexpr):
+    """Whether every row sees every key of ``[n0, n0 + BLOCK_N)``."""
+    return ((n0 >= all_low) & (n0 + BLOCK_N <= all_high)) | (n0 + BLOCK_N <= all_far)
+
+
+@triton.jit
+def reach_kernel(BOUNDS, REACH, num_queries, num_keys, bounds_stride_b, BLOCK_M: tl.constexpr):
+    """:func:`reach` of every tile of queries, int32 ``[1 or B, 6, tiles]``."""
+    tile, b = tl.program_id(0), tl.program_id(1)
+    offs_m = tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    start, end, sink = row_bounds(BOUNDS, b, offs_m, num_queries, num_keys, bounds_stride_b)
+    low, high, far, all_low, all_high, all_far = reach(start, end, sink, offs_m < num_queries)
+    tiles = tl.num_programs(0)
+    out = REACH + b.to(tl.int64) * 6 * tiles + tile
+    tl.store(out, low)
+    tl.store(out + tiles, high)
+    tl.store(out + 2 * tiles, far)
+    tl.store(out + 3 * tiles, all_low)
+    tl.store(out + 4 * tiles, all_high)
+    tl.store(out + 5 * tiles, all_far)
+
+
+@triton.jit
+def query_tiles(REACH, n0, tiles, BLOCK_N: tl.constexpr, CHUNK: tl.constexpr):
+    """First and one past the last tile of queries of which a row sees a key of ``[n0, n0 + BLOCK_N)``."""
+    first = tiles
+    last = 0
+    for c in range(0, tiles, CHUNK):
+        index = c + tl.arange(0, CHUNK)
+        inside = index < tiles
+        low = tl.load(REACH + index, mask=inside, other=_NONE)
+        high = tl.load(REACH + tiles + index, mask=inside, other=0)
+        far = tl.load(REACH + 2 * tiles + index, mask=inside, other=0)
+        hit = ((low < n0 + BLOCK_N) & (high > n0)) | (far > n0)
+        first = tl.minimum(first, tl.min(tl.where(hit, index, tiles), 0))
+        last = tl.maximum(last, tl.max(tl.where(hit, index + 1, 0), 0))
+    return first, last
+
+
+@triton.jit
+def tile_max_kernel(X, OUT, num_keys, BLOCK_N: tl.constexpr):
+    """Largest key score of every tile of keys, fp32 ``[B, tiles]``: only tiles with a 1 can hold a weight of 0."""
+    tile, b = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    offs = tile * BLOCK_N + tl.arange(0, BLOCK_N)
+    x = tl.load(X + b * num_keys + offs, mask=offs < num_keys, other=0.0)
+    tl.store(OUT + b * tl.num_programs(0) + tile, tl.max(x, 0))
