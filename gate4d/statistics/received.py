@@ -1,0 +1,139 @@
+"""Attention received: mean and variance per key of the softmax probabilities, tile by tile from lse."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+import torch
+from torch import Tensor
+
+from .. import statistics_ops  # noqa: F401  (registers the operator)
+from .._library import kernel_error
+from ..cuda import kernel_reasons
+from ..functional import _check_gate, _check_visible, _score
+from ..gates import MotionGate
+from ..moments import Moments
+from ..visibility import Visibility
+from .logits import check_over, check_pair
+
+BACKENDS = ("auto", "cpu", "triton", "chunked", "reference")
+_CHUNK = 1 << 22  # probabilities held at a time by the chunked fallback (16 MiB in fp32, a few such buffers)
+
+
+@torch.no_grad()
+def received_attention(
+    q: Tensor,  # [B, H, Nq, D]
+    k: Tensor,  # [B, H, Nk, D]
+    lse: Tensor,  # [B, H, Nq]
+    *,
+    over: Collection[str] = ("heads", "queries"),
+    gate: MotionGate | None = None,
+    visible: Visibility | None = None,
+    scale: float | None = None,
+    backend: str = "auto",
+) -> Moments:
+    """Mean and variance, per key, of the attention it receives, in memory linear in the number of tokens.
+
+    ``p_ij = w_ij exp(s_ij - lse_i)`` is recomputed tile by tile and never stored; with the ``gate`` and ``visible``
+    of the attention call that gave ``lse`` it is the weight that ``v_j`` had in ``out_i`` (before the gate's output
+    scale), renormalised or not. This is the score by which key-dropping methods (H2O, SnapKV, FastV) rank keys.
+
+    Args:
+        q, k: ``[B, H, Nq, D]`` and ``[B, H, Nk, D]``, as given to the attention.
+        lse: ``aux.lse`` of :func:`gate4d.gated_attention` on them, ``[B, H, Nq]``.
+        over: ``("heads", "queries")``, or ``("queries",)`` for one statistic a head.
+        gate, visible, scale: as in the attention call.
+        backend: ``"auto"``, ``"cpu"`` (compiled), ``"triton"`` (CUDA; it has not run on a GPU yet), ``"chunked"``
+            (torch operations in bounded memory, any device and dtype) or ``"reference"`` (materialises the map).
+
+    Returns:
+        :class:`Moments` ``[B, Nk]`` or ``[B, H, Nk]``, at least fp32. The count is that of **all** (head, query)
+        pairs: a query that does not see a key, and a row without weight, count with probability 0. Not
+        differentiable: it is a statistic, and gradients do not flow through it.
+
+    Raises:
+        ValueError, TypeError: an argument does not fit; the message names it.
+        NotImplementedError: ``"cpu"`` or ``"triton"`` cannot serve the call; the message says why.
+    """
+    check_pair(q, k)
+    axes = check_over(over, ("heads", "queries"))
+    if "queries" not in axes:
+        raise ValueError(f"over must contain 'queries' (otherwise the result is the map itself), got {over!r}.")
+    if not isinstance(lse, Tensor) or lse.shape != q.shape[:3] or lse.device != q.device:
+        got = f"{list(lse.shape)} on {lse.device}" if isinstance(lse, Tensor) else type(lse).__name__
+        raise ValueError(f"lse must have shape [B, H, Nq] = {list(q.shape[:3])} on {q.device}, got {got}.")
+    g = gate or MotionGate()
+    if gate is not None:
+        _check_gate(gate, q, k)
+    bounds = None if visible is None else _check_visible(visible, q, k)
+    scale = max(q.shape[3], 1) ** -0.5 if scale is None else float(scale)
+    lse = lse.to(torch.promote_types(q.dtype, torch.float32))
+    args = (q, k, lse, _score(g.query_score, q), _score(g.key_score, q), bounds, scale, g.strength)
+    moments = _run(_choose(backend, q), args)
+    if g.dropped_keys is not None:  # given lse, a dropped key concerns no other key
+        mean, m2 = (x.masked_fill(g.dropped_keys[:, None], 0.0) for x in (moments.mean, moments.m2))
+        moments = Moments(q.shape[2], mean, m2)
+    return moments.pool(1) if "heads" in axes else moments
+
+
+def _choose(backend: str, q: Tensor) -> str:
+    if backend not in BACKENDS:
+        raise ValueError(f"backend must be one of {list(BACKENDS)}, got {backend!r}.")
+    reasons = {"cpu": _cpu_reasons(q), "triton": kernel_reasons(q.device.type, q.dtype, q.shape[3])}
+    if backend == "auto":
+        return next((name for name, why in reasons.items() if not why), "chunked")
+    if why := reasons.get(backend):
+        raise NotImplementedError(f"backend={backend!r} cannot serve this call: {'; '.join(why)}.")
+    return backend
+
+
+def _cpu_reasons(q: Tensor) -> list[str]:
+    error = kernel_error("received_attention")
+    reasons = [] if error is None else [error]
+    if q.device.type != "cpu":
+        reasons.append(f"it needs CPU tensors, got {q.device.type}")
+    if q.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        reasons.append(f"it supports float32, bfloat16 and float16, got {q.dtype}")
+    if q.shape[3] > 256:
+        reasons.append(f"it supports head dimensions up to 256, got {q.shape[3]}")
+    return reasons
+
+
+def _run(backend: str, args: tuple) -> Moments:
+    q = args[0]
+    if backend in ("cpu", "triton") and q.shape[2]:
+        mean, m2 = torch.ops.gate4d.received_attention(*args)
+        return Moments(q.shape[2], mean, m2)
+    from gate4d.kernels.received_attention.reference import received_attention as reference
+
+    if backend == "reference" or not q.shape[2]:
+        mean, m2 = reference(*args)
+        return Moments(q.shape[2], mean if q.shape[2] else torch.zeros_like(mean), m2)
+    return _chunked(reference, args)
+
+
+def _chunked(reference, args: tuple) -> Moments:
+    """The reference on one head and as many queries at a time as fit the budget, merged."""
+    q, k, lse, query_score, key_score, bounds, *settings = args
+    step = max(1, _CHUNK // max(k.shape[2], 1))
+
+    def part(b: int, h: int, first: int) -> Moments:
+        item, head, rows = slice(b, b + 1), slice(h, h + 1), slice(first, first + step)
+        mean, m2 = reference(
+            q[item, head, rows], k[item, head], lse[item, head, rows],
+            None if query_score is None else query_score[item, rows],
+            None if key_score is None else key_score[item],
+            None if bounds is None else bounds[item if bounds.shape[0] > 1 else slice(None), :, rows],
+            *settings,
+        )  # fmt: skip
+        return Moments(min(step, q.shape[2] - first), mean, m2)
+
+    shape = (*q.shape[:2], k.shape[2])
+    mean, m2 = (torch.zeros(shape, dtype=lse.dtype, device=q.device) for _ in range(2))
+    for b in range(shape[0]):
+        for h in range(shape[1]):
+            head = part(b, h, 0)
+            for first in range(step, q.shape[2], step):
+                head = head.merge(part(b, h, first))
+            mean[b, h], m2[b, h] = head.mean[0, 0], head.m2[0, 0]
+    return Moments(q.shape[2], mean, m2)
