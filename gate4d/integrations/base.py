@@ -1,0 +1,275 @@
+"""What all adapters share: the replaced computation of one attention module, and the proof that it is the same one.
+
+An adapter is a class per call convention. It is recognised by structure (child modules, parameter names of the
+method it replaces), then exercised: a detached copy of the module and the replacement run on the same few random
+tokens and must agree. So a fork that kept the names but changed the computation is refused, not silently altered.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from ..nn.attention import AttentionControl, split_heads, split_qkv
+from ..nn.cache import FrameKVCache
+from ..nn.rope import RoPE2D
+
+SELF_PARTS = ("qkv", "proj")
+CROSS_PARTS = ("projq", "projk", "projv", "proj")
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+@dataclass(frozen=True)
+class Traits:
+    """What the exercise found out about a module beyond its names.
+
+    Attributes:
+        rope: what rotates q and k: a :class:`RoPE2D` where the module's own embedding is one, None for the
+            module's own.
+        rotate_dtype: dtype into which the module casts q and k before RoPE (CUT3R's encoder: float16), None for none.
+    """
+
+    rope: RoPE2D | None = None
+    rotate_dtype: torch.dtype | None = None
+
+
+@dataclass(frozen=True)
+class Options:
+    """Options of ``patch`` that adapters read.
+
+    Attributes:
+        window: frames a streaming model's cache keeps, the current one included; None keeps all, as upstream does.
+        anchors: leading frames kept beside the window.
+
+    Raises:
+        ValueError: a number is out of range, or there are anchors without a window.
+    """
+
+    window: int | None = None
+    anchors: int = 0
+
+    def __post_init__(self) -> None:
+        FrameKVCache(self.window, anchors=self.anchors)  # raises where the cache would, but before the first frame
+        if self.anchors and self.window is None:
+            raise ValueError(f"anchors={self.anchors} has no effect without a window: a cache without one keeps all.")
+
+
+class PatchedAttention(AttentionControl):
+    """Replaces one method of one attention module; lives in the module's ``__dict__``, holds no tensors.
+
+    A plain object with a reference to its module: ``copy.deepcopy`` and ``pickle`` carry it along with the module, and
+    parameters, buffers, hooks and the class of the module are not touched.
+    """
+
+    family: ClassVar[str]
+    kind: ClassVar[str] = "self"
+    attribute: ClassVar[str] = "forward"
+    parameters: ClassVar[tuple[str, ...]]  # of the replaced method, without self
+
+    def __init__(self, module: nn.Module, traits: Traits = Traits(), options: Options = Options()):
+        super().__init__()
+        self.module = module
+        self.traits = traits
+        self.options = options
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        raise NotImplementedError
+
+    @classmethod
+    def fits(cls, module: nn.Module) -> bool:
+        """Whether the module has this convention's parts and the replaced method its parameters."""
+        parts = SELF_PARTS if cls.kind == "self" else CROSS_PARTS
+        return all(hasattr(module, p) for p in parts) and method_parameters(module, cls.attribute) == cls.parameters
+
+    @classmethod
+    def windowed(cls, module: nn.Module) -> bool:
+        """Whether the options ``window`` and ``anchors`` apply to the module."""
+        return False
+
+    @staticmethod
+    def exercise(call: Callable[..., Any], sample: Sample) -> list[Tensor]:
+        """Outputs of the replaced method on a sample, for the comparison; statistics reduced to what is read."""
+        raise NotImplementedError
+
+    # The order of every family: projection, norm, (cast,) RoPE, attention, heads concatenated, proj, proj_drop.
+
+    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """``x [B, N, C]`` to q, k, v ``[B, H, N, D]`` after q/k-norm."""
+        module = self.module
+        q, k, v = split_qkv(module.qkv(x), module.num_heads)
+        if getattr(module, "q_norm", None) is not None:
+            q, k = module.q_norm(q), module.k_norm(k)
+        return q, k, v
+
+    def project_cross(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """``[B, Nq, C]``, ``[B, Nk, C]``, ``[B, Nk, C]`` to q, k, v ``[B, H, N, D]``."""
+        module, heads = self.module, self.module.num_heads
+        q, k, v = module.projq(query), module.projk(key), module.projv(value)
+        return split_heads(q, heads), split_heads(k, heads), split_heads(v, heads)
+
+    def rotate(self, q: Tensor, k: Tensor, qpos: Tensor | None, kpos: Tensor | None) -> tuple[Tensor, Tensor]:
+        """RoPE in the dtype the module uses; positions None leave a side as it is."""
+        rope = getattr(self.module, "rope", None)
+        if rope is None:
+            return q, k
+        dtype = q.dtype
+        if self.traits.rotate_dtype is not None:
+            q, k = q.to(self.traits.rotate_dtype), k.to(self.traits.rotate_dtype)
+        if self.traits.rope is not None:
+            q, k = self.traits.rope.pair(q, k, qpos, kpos)
+        else:
+            q = q if qpos is None else rope(q, qpos)
+            k = k if kpos is None else rope(k, kpos)
+        return q.to(dtype), k.to(dtype)
+
+    def output(self, x: Tensor) -> Tensor:
+        """``[B, Nq, C]`` through proj and proj_drop."""
+        x = self.module.proj(x)
+        drop = getattr(self.module, "proj_drop", None)
+        return x if drop is None else drop(x)
+
+    @property
+    def scale(self) -> float | None:
+        scale = getattr(self.module, "scale", None)
+        return None if scale is None else float(scale)
+
+
+class Sample:
+    """Random tokens and positions for an exercise, in the module's dtype and on its device; 2 frames of 6 tokens."""
+
+    frames, tokens = 2, 6
+
+    def __init__(self, module: nn.Module):
+        reference = next(module.parameters())
+        generator = torch.Generator().manual_seed(0)
+        dim = next(m.in_features for m in (getattr(module, n, None) for n in ("qkv", "projq")) if m is not None)
+
+        def draw(*shape: int) -> Tensor:
+            return torch.randn(shape, generator=generator, device="cpu").to(reference.device, reference.dtype)
+
+        self.x, self.y = draw(2, self.frames * self.tokens, dim), draw(2, self.frames * self.tokens + 1, dim)
+        self.head_dim = dim // module.num_heads
+        frame = torch.cartesian_prod(torch.arange(3), torch.arange(2))
+        self.pos = frame.repeat(2, self.frames, 1).to(reference.device)  # [2, frames * tokens, 2]
+        self.pos_y = torch.cat((torch.zeros_like(self.pos[:, :1]), self.pos + 1), dim=1)
+        self.has_rope = getattr(module, "rope", None) is not None
+
+    @property
+    def positions(self) -> Tensor | None:
+        return self.pos if self.has_rope else None
+
+
+def method_parameters(module: nn.Module, attribute: str) -> tuple[str, ...] | None:
+    """Parameter names of the class's method, without self; None if there is no such method."""
+    function = getattr(type(module), attribute, None)
+    if function is None:
+        return None
+    try:
+        return tuple(inspect.signature(function).parameters)[1:]
+    except (TypeError, ValueError):
+        return None
+
+
+def examine(adapter: type[PatchedAttention], module: nn.Module) -> tuple[Traits, str | None]:
+    """Exercise a copy of the module and its replacement side by side.
+
+    Returns:
+        The traits found, and None or the reason why the replacement does not compute the same.
+    """
+    if any(p.is_meta for p in module.parameters()):
+        return Traits(rope=_adopt_rope(module)), None
+    try:
+        twin = _detached_copy(module)
+    except Exception as e:
+        return Traits(), f"it cannot be copied for a trial run: {type(e).__name__}: {e}"
+    with torch.no_grad(), torch.autocast(next(twin.parameters()).device.type, enabled=False):
+        return _run_both(adapter, twin)
+
+
+def _run_both(adapter: type[PatchedAttention], twin: nn.Module) -> tuple[Traits, str | None]:
+    sample = Sample(twin)
+    original = getattr(type(twin), adapter.attribute).__get__(twin)
+    seen: list[torch.dtype] = []
+    rope = getattr(twin, "rope", None)
+    hook = None
+    if isinstance(rope, nn.Module):
+        hook = rope.register_forward_pre_hook(lambda _, args: seen.append(args[0].dtype))
+    try:
+        expected = adapter.exercise(original, sample)
+    except Exception as e:
+        return Traits(), f"running it as {adapter.family} fails: {type(e).__name__}: {e}"
+    finally:
+        if hook is not None:
+            hook.remove()
+    dtype = sample.x.dtype
+    traits = Traits(_adopt_rope(twin), seen[0] if seen and seen[0] != dtype else None)
+    try:
+        got = adapter.exercise(adapter(twin, traits), sample)
+    except Exception as e:
+        return traits, f"its replacement as {adapter.family} fails: {type(e).__name__}: {e}"
+    return traits, _difference(adapter, got, expected, dtype)
+
+
+def _difference(adapter, got: list[Tensor], expected: list[Tensor], dtype: torch.dtype) -> str | None:
+    # Random tokens of unit size: another order of summation costs some roundings, another computation some 0.1.
+    limit = 1e-4 if dtype in (torch.float32, torch.float64) else 64 * torch.finfo(dtype).eps
+    for a, b in zip(got, expected, strict=True):
+        if a.shape != b.shape:
+            return f"as {adapter.family} it would return {list(a.shape)}, but returns {list(b.shape)}"
+        if not bool(torch.isfinite(b).all()):
+            continue  # parameters not filled yet, such as VGGT-Omega's bias masks before a checkpoint is loaded
+        error = float((a.float() - b.float()).abs().max() / b.float().abs().max().clamp(min=1e-30))
+        if not error <= limit:
+            return f"it has the names of {adapter.family} but computes something else (relative difference {error:.1e})"
+    return None
+
+
+def _detached_copy(module: nn.Module) -> nn.Module:
+    """A copy in eval mode without hooks or replaced methods, so that an exercise leaves no trace.
+
+    Hooks are set aside before, not after: a hook that is a method of a model would be copied with all of that model.
+    """
+    kept = [(m, dict(m.__dict__)) for m in module.modules()]
+    try:
+        for m, attributes in kept:
+            m.__dict__.update({name: OrderedDict() for name in _HOOKS})
+            for name, value in attributes.items():
+                if isinstance(value, PatchedAttention):
+                    del m.__dict__[name]
+        return copy.deepcopy(module).eval()
+    finally:
+        for m, attributes in kept:
+            m.__dict__.update(attributes)
+
+
+def _adopt_rope(module: nn.Module) -> RoPE2D | None:
+    """A :class:`RoPE2D` that computes what the module's own embedding computes, or None to keep the module's own."""
+    rope = getattr(module, "rope", None)
+    base = getattr(rope, "base", getattr(rope, "base_frequency", None))
+    if not isinstance(base, (int, float)):
+        return None
+    if isinstance(rope, RoPE2D):
+        return rope
+    device = next(module.parameters()).device
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randn((1, 1, 40, 16), generator=generator, device="cpu").to(device)
+    positions = torch.arange(40, device=device)[None, :, None].expand(1, 40, 2).clone()
+    exact = RoPE2D(base)
+    try:
+        if not torch.allclose(rope(tokens.clone(), positions), exact(tokens, positions), atol=1e-4):
+            return None
+        half = tokens.half()
+        theirs = rope(half.clone(), positions).float()
+        quantised = RoPE2D(base, exact=False)
+        errors = [float((r(half, positions).float() - theirs).abs().max()) for r in (exact, quantised)]
+    except Exception:
+        # A compiled extension that does not serve this device: its angles are fp32.
+        return exact if hasattr(rope, "F0") else None
+    return exact if errors[0] <= errors[1] else quantised

@@ -1,0 +1,8 @@
+"""Drop-in attention modules, rotary embeddings and the frame KV cache."""
+
+from .attention import AttentionControl, CrossAttention, SelfAttention
+from .cache import FrameKVCache
+from .fused_rope import norm_rope
+from .rope import RoPE2D, rotate_last
+
+__all__ = ["AttentionControl", "CrossAttention", "FrameKVCache", "RoPE2D", "SelfAttention", "norm_rope", "rotate_last"]

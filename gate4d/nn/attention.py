@@ -1,0 +1,195 @@
+"""Self- and cross-attention modules with a motion gate, visibility and statistics taps.
+
+They have the parameters (and so the state_dict) of the modules they stand for: ``qkv, proj`` and optional
+``q_norm, k_norm`` for self-attention, ``projq, projk, projv, proj`` for cross-attention.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..functional import gated_attention
+from ..gates import MotionGate
+from ..visibility import Visibility
+from .cache import FrameKVCache
+from .rope import RoPE2D
+
+Gate = MotionGate | Callable[[Tensor, Tensor], MotionGate | None] | None
+Observer = Callable[[Tensor, Tensor, float], None]
+
+
+class AttentionControl:
+    """What can be set from outside on one attention: its gate, its visibility, who observes it.
+
+    Attributes:
+        gate: a :class:`MotionGate`, or a function of ``q [B, H, Nq, D]`` and ``k [B, H, Nk, D]`` that returns one (or
+            None), or None.
+        visible: a :class:`Visibility` or None for what the model itself asks for.
+        observers: called as ``observer(q, k, scale)`` after norm and RoPE, before the attention. With a cache, ``k``
+            holds the keys of the current frame.
+        backend: passed to :func:`gate4d.gated_attention`.
+        tokens: ``(Nq, Nk)`` of the last call, None before the first.
+    """
+
+    def __init__(self) -> None:
+        self.gate: Gate = None
+        self.visible: Visibility | None = None
+        self.observers: list[Observer] = []
+        self.backend = "auto"
+        self.tokens: tuple[int, int] | None = None
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, **call: Any) -> Tensor:
+        """:meth:`attention` with the heads concatenated: ``[B, Nq, H * Dv]``."""
+        return self.attention(q, k, v, **call).transpose(1, 2).flatten(2)
+
+    def attention(
+        self,
+        q: Tensor,  # [B, H, Nq, D]
+        k: Tensor,  # [B, H, Nk, D]
+        v: Tensor,  # [B, H, Nk, Dv]
+        *,
+        scale: float | None = None,
+        gate: Gate = None,
+        visible: Visibility | None = None,
+        cache: FrameKVCache | None = None,
+    ) -> Tensor:
+        """Attention of normed and rotated q and k: ``[B, H, Nq, Dv]``.
+
+        ``gate`` and ``visible`` are what the model's own call asks for. With ``cache``, k and v are one frame that is
+        appended to it, and q attends to everything the cache holds.
+
+        Raises:
+            ValueError: the call brings a gate or a visibility and another one is set here.
+        """
+        scale = q.shape[-1] ** -0.5 if scale is None else scale
+        for observe in self.observers:
+            observe(q, k, scale)
+        gate = _one("gate", gate, self.gate)
+        if callable(gate):
+            gate = gate(q, k)
+        visible = _one("visible", visible, self.visible)
+        if cache is None:
+            keys = k.shape[2]
+            out = gated_attention(q, k, v, gate=gate, visible=visible, scale=scale, backend=self.backend)
+        else:
+            if visible is not None:
+                raise ValueError("visible cannot be combined with a cache: the cache holds what is visible.")
+            cache.append(k, v)
+            keys = cache.num_tokens
+            out = cache.attend(q, gate=gate, scale=scale, backend=self.backend)
+        if not torch.compiler.is_compiling():
+            self.tokens = (q.shape[2], keys)
+        return out
+
+
+def _one(name: str, asked, controlled):
+    if asked is not None and controlled is not None:
+        raise ValueError(f"{name} is set on this attention, and the model's own call brings one: unset one of them.")
+    return controlled if asked is None else asked
+
+
+def split_qkv(packed: Tensor, heads: int) -> tuple[Tensor, Tensor, Tensor]:
+    """``[B, N, 3 * H * D]`` to views q, k, v of ``[B, H, N, D]``, read in place by the kernels."""
+    return packed.unflatten(2, (3, heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+
+
+def split_heads(x: Tensor, heads: int) -> Tensor:
+    """``[B, N, H * D]`` to a view ``[B, H, N, D]``."""
+    return x.unflatten(2, (heads, -1)).transpose(1, 2)
+
+
+class _Attention(nn.Module):
+    def __init__(self, dim: int, num_heads: int, rope: nn.Module | None):
+        super().__init__()
+        if dim % num_heads:
+            raise ValueError(f"dim must be a multiple of num_heads={num_heads}, got {dim}.")
+        self.num_heads = num_heads
+        self.head_dim = dim // num_heads
+        self.scale = self.head_dim**-0.5
+        self.rope = rope
+        self.control = AttentionControl()
+
+
+class SelfAttention(_Attention):
+    """Self-attention with packed projections: qkv, optional q/k-norm, RoPE, attention, proj.
+
+    Args:
+        dim: features C of a token.
+        num_heads: heads H; ``dim`` is a multiple of it.
+        qkv_bias, proj_bias: whether the projections have a bias.
+        qk_norm: LayerNorm over the head dimension of q and k, before RoPE.
+        rope: a :class:`RoPE2D` (or a module called in the same way), or None.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int = 8,
+        *,
+        qkv_bias: bool = True,
+        proj_bias: bool = True,
+        qk_norm: bool = False,
+        rope: RoPE2D | None = None,
+    ):
+        super().__init__(dim, num_heads, rope)
+        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
+        self.q_norm = nn.LayerNorm(self.head_dim) if qk_norm else nn.Identity()
+        self.k_norm = nn.LayerNorm(self.head_dim) if qk_norm else nn.Identity()
+        self.proj = nn.Linear(dim, dim, bias=proj_bias)
+
+    def forward(
+        self,
+        x: Tensor,
+        pos: Tensor | None = None,
+        *,
+        gate: Gate = None,
+        visible: Visibility | None = None,
+        cache: FrameKVCache | None = None,
+    ) -> Tensor:
+        """``x [B, N, C]`` and positions ``[B, N, 2]`` to ``[B, N, C]``; see :meth:`AttentionControl.attend`."""
+        q, k, v = split_qkv(self.qkv(x), self.num_heads)
+        q, k = self.q_norm(q), self.k_norm(k)
+        if self.rope is not None and pos is not None:
+            q, k = self.rope.pair(q, k, pos, pos)
+        return self.proj(self.control.attend(q, k, v, scale=self.scale, gate=gate, visible=visible, cache=cache))
+
+
+class CrossAttention(_Attention):
+    """Cross-attention with separate projections: projq, projk, projv, RoPE on either side, attention, proj.
+
+    Args:
+        dim: features C of a token.
+        num_heads: heads H; ``dim`` is a multiple of it.
+        qkv_bias: whether projq, projk and projv have a bias.
+        rope: a :class:`RoPE2D`, or None.
+    """
+
+    def __init__(self, dim: int, num_heads: int = 8, *, qkv_bias: bool = True, rope: RoPE2D | None = None):
+        super().__init__(dim, num_heads, rope)
+        self.projq = nn.Linear(dim, dim, bias=qkv_bias)
+        self.projk = nn.Linear(dim, dim, bias=qkv_bias)
+        self.projv = nn.Linear(dim, dim, bias=qkv_bias)
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        qpos: Tensor | None = None,
+        kpos: Tensor | None = None,
+        *,
+        gate: Gate = None,
+        visible: Visibility | None = None,
+    ) -> Tensor:
+        """``query [B, Nq, C]``, ``key``, ``value [B, Nk, C]`` and their positions ``[B, N, 2]`` to ``[B, Nq, C]``."""
+        q = split_heads(self.projq(query), self.num_heads)
+        k = split_heads(self.projk(key), self.num_heads)
+        v = split_heads(self.projv(value), self.num_heads)
+        if self.rope is not None:
+            q, k = self.rope.pair(q, k, qpos, kpos)
+        return self.proj(self.control.attend(q, k, v, scale=self.scale, gate=gate, visible=visible))

@@ -1,0 +1,276 @@
+"""A key/value cache of whole frames for streaming models: no copy of past frames, bounded slack."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..functional import gated_attention
+from ..gates import MotionGate
+
+PAGE_TOKENS = 4096  # a page is a few frames: large enough that merging pages costs little, small enough to be slack
+
+Policy = Callable[[Sequence[int], Tensor], int]
+
+
+class FrameKVCache:
+    """Keys (after norm and RoPE) and values of past frames.
+
+    Without a window the cache grows by pages of about 4096 tokens, which are allocated once and never copied: attention
+    runs over each page and the results are merged through their log-sum-exp. Reserved memory exceeds the bytes of K
+    and V by less than a page. With a window there is one page, allocated at the first frame, whose slots are
+    overwritten; the order of keys does not matter to the softmax.
+
+    Stored tensors carry no gradient.
+
+    Args:
+        window: frames kept, the current one included; None keeps all.
+        anchors: leading frames kept beside the window (STream3R keeps frame 0).
+        dtype: storage dtype; None stores keys in the dtype of the values, which for a 16-bit model (also under
+            autocast, where norms return fp32 keys) is 16 bits.
+        policy: who leaves when a bounded cache is full: ``policy(frame_ids, scores)`` gets the ids of the frames that
+            may go, oldest first, and their scores fp32 ``[len(frame_ids)]`` (see :meth:`add_scores`), and
+            returns one of the ids. None evicts the oldest. Anchors never leave.
+        page_frames: fewest frames of a page of a cache without a window.
+    """
+
+    def __init__(
+        self,
+        window: int | None = None,
+        *,
+        anchors: int = 0,
+        dtype: torch.dtype | None = None,
+        policy: Policy | None = None,
+        page_frames: int = 4,
+    ):
+        if window is not None and (not isinstance(window, int) or window < 1):
+            raise ValueError(f"window must be None or an int >= 1 (frames, the current one included), got {window!r}.")
+        if not isinstance(anchors, int) or anchors < 0:
+            raise ValueError(f"anchors must be an int >= 0 (frames), got {anchors!r}.")
+        if policy is not None and window is None:
+            raise ValueError("policy needs a window: a cache without one never evicts.")
+        self.window = window
+        self.anchors = anchors
+        self.dtype = dtype
+        self.policy = policy
+        self.page_frames = page_frames
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget everything; the next frame may have another number of tokens."""
+        self._pages: list[tuple[Tensor, Tensor]] = []  # k [B, H, frames * P, D], v [B, H, frames * P, Dv]
+        self._ids: list[int] = []  # frame id in each used slot, pages one after the other
+        self._scores: list[Tensor] = []  # per used slot, fp32 scalar
+        self._next_id = 0
+        self._slot: Tensor | None = None  # int64 [P]: where write() puts the frame, inside its page
+        self._page = 0
+        self.tokens_per_frame = 0
+
+    def __repr__(self) -> str:
+        kept = "all" if self.window is None else f"window={self.window}, anchors={self.anchors}"
+        return f"FrameKVCache({kept}, frames={self.num_frames}, tokens={self.num_tokens}, nbytes={self.nbytes})"
+
+    @property
+    def num_frames(self) -> int:
+        """Frames held."""
+        return len(self._ids)
+
+    @property
+    def num_tokens(self) -> int:
+        """Keys held."""
+        return len(self._ids) * self.tokens_per_frame
+
+    @property
+    def frame_ids(self) -> tuple[int, ...]:
+        """Ids (0, 1, ... in order of arrival) of the frames held, in storage order."""
+        return tuple(self._ids)
+
+    @property
+    def frames_seen(self) -> int:
+        """Frames appended since the last reset, evicted ones included."""
+        return self._next_id
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes reserved for K and V."""
+        return sum(x.untyped_storage().nbytes() for page in self._pages for x in page)
+
+    def append(self, k: Tensor, v: Tensor) -> None:
+        """Append one frame: ``k [B, H, P, D]`` after norm and RoPE, ``v [B, H, P, Dv]``.
+
+        ``append`` is :meth:`reserve` followed by :meth:`write`.
+
+        Raises:
+            ValueError: the frame does not have the shape of those held (a change of resolution); reset() first.
+        """
+        self.reserve(k, v)
+        self.write(k, v)
+
+    def reserve(self, k: Tensor, v: Tensor) -> None:
+        """Choose (and if need be, allocate or evict) the slot of the next frame; only shapes are read.
+
+        For CUDA graphs: once a bounded cache is full its addresses and shapes never change. Capture :meth:`write` and
+        :meth:`attend`, and call ``reserve`` before each replay: it puts the slot on the device.
+        """
+        self._check(k, v)
+        tokens = self.tokens_per_frame = k.shape[2]
+        slot = len(self._ids)
+        if self.window is not None and slot == self.window + self.anchors:
+            slot = self._evict()
+        else:
+            if slot == self._capacity():
+                self._allocate(k, v)
+            self._ids.append(0)
+            self._scores.append(torch.zeros((), device=k.device))
+        self._ids[slot] = self._next_id
+        self._scores[slot] = torch.zeros((), device=k.device)
+        self._next_id += 1
+        self._page, first = self._locate(slot)
+        index = torch.arange(first * tokens, (first + 1) * tokens, device=k.device)
+        self._slot = index if self._slot is None or self._slot.device != k.device else self._slot.copy_(index)
+
+    def write(self, k: Tensor, v: Tensor) -> None:
+        """Write one frame into the reserved slot; see :meth:`append` for shapes."""
+        for stored, new in zip(self._pages[self._page], (k, v), strict=True):
+            stored.index_copy_(2, self._slot, new.detach().to(stored.dtype))
+
+    def extend(self, k: Tensor, v: Tensor, frames: int) -> None:
+        """Append ``frames`` frames at once: ``k [B, H, frames * P, D]``, ``v [B, H, frames * P, Dv]``."""
+        _check_frames(k, v, frames)
+        for new_k, new_v in zip(k.chunk(frames, dim=2), v.chunk(frames, dim=2), strict=True):
+            self.append(new_k, new_v)
+
+    @classmethod
+    def adopt(cls, k: Tensor, v: Tensor, frames: int, **settings: Any) -> FrameKVCache:
+        """A cache whose first page are these tensors, not copied: ``k [B, H, frames * P, D]``, v likewise."""
+        _check_frames(k, v, frames)
+        cache = cls(**settings)
+        if cache.window is not None:
+            cache.extend(k, v, frames)
+            return cache
+        cache._pages = [(k.detach().to(v.dtype), v.detach())]
+        cache.tokens_per_frame = k.shape[2] // frames
+        cache._ids = list(range(frames))
+        cache._scores = [torch.zeros((), device=k.device) for _ in range(frames)]
+        cache._next_id = frames
+        return cache
+
+    def pages(self) -> list[tuple[Tensor, Tensor]]:
+        """The used part of each page: views ``k [B, H, n * P, D]`` and ``v [B, H, n * P, Dv]``, not copies."""
+        left, used = self.num_tokens, []
+        for k, v in self._pages:
+            count = min(left, k.shape[2])
+            used.append((k.narrow(2, 0, count), v.narrow(2, 0, count)))
+            left -= count
+        return used
+
+    def attend(
+        self, q: Tensor, *, gate: MotionGate | None = None, scale: float | None = None, backend: str = "auto"
+    ) -> Tensor:
+        """Attention of ``q [B, H, Nq, D]`` to everything held, ``[B, H, Nq, Dv]`` in the dtype of q.
+
+        ``gate`` has key scores ``[B, num_tokens]`` in storage order. Pages are merged through their lse: exact.
+        """
+        dtype, start, merged = q.dtype, 0, None
+        pages = self.pages()
+        if not pages:
+            raise ValueError("the cache is empty: append a frame before attending.")
+        for name in ("key_score", "dropped_keys"):
+            x = getattr(gate, name, None)
+            if x is not None and x.shape[-1] != self.num_tokens:
+                raise ValueError(f"gate.{name} must have {self.num_tokens} keys, got {x.shape[-1]}.")
+        for k, v in pages:
+            part = _keys_of(gate, start, start + k.shape[2])
+            start += k.shape[2]
+            call = {"gate": part, "scale": scale, "backend": backend}
+            if len(pages) == 1:
+                return gated_attention(q.to(k.dtype), k, v, **call).to(dtype)
+            out, aux = gated_attention(q.to(k.dtype), k, v, return_aux=True, **call)
+            merged = _merge(merged, (out.float(), aux.lse))
+        return merged[0].to(dtype)
+
+    def add_scores(self, scores: Tensor) -> None:
+        """Feed statistics to the eviction policy: ``scores [B, num_tokens]`` (such as attention received per key), in
+        storage order. Each frame's score grows by the mean over its tokens and the batch."""
+        if scores.shape[-1] != self.num_tokens:
+            raise ValueError(f"scores must have {self.num_tokens} entries a batch item, got {list(scores.shape)}.")
+        means = scores.detach().float().reshape(-1, self.num_frames, self.tokens_per_frame).mean((0, 2))
+        self._scores = [old + new for old, new in zip(self._scores, means, strict=True)]
+
+    def _check(self, k: Tensor, v: Tensor) -> None:
+        for name, x in (("k", k), ("v", v)):
+            if x.dim() != 4:
+                raise ValueError(f"{name} must be one frame of shape [B, H, P, D], got {list(x.shape)}.")
+        if v.shape[:3] != k.shape[:3]:
+            raise ValueError(f"v must have one value per key of k {list(k.shape)}, got {list(v.shape)}.")
+        if not self._pages:
+            return
+        for name, x, held in (("k", k, self._pages[0][0]), ("v", v, self._pages[0][1])):
+            wanted = [*held.shape[:2], self.tokens_per_frame, held.shape[3]]
+            if list(x.shape) != wanted:
+                raise ValueError(
+                    f"{name} must have the shape {wanted} of the frames held, got {list(x.shape)}: frames of another "
+                    "resolution or batch need a reset() of the cache."
+                )
+
+    def _capacity(self) -> int:
+        return sum(k.shape[2] for k, _ in self._pages) // max(1, self.tokens_per_frame)
+
+    def _allocate(self, k: Tensor, v: Tensor) -> None:
+        tokens = self.tokens_per_frame
+        if self.window is not None:
+            frames = self.window + self.anchors
+        else:  # small caches start small; no page is larger than PAGE_TOKENS or page_frames frames
+            frames = max(self.page_frames, min(self.num_frames, PAGE_TOKENS // max(1, tokens)))
+        dtype = self.dtype or v.dtype
+        shapes = ((*x.shape[:2], frames * tokens, x.shape[3]) for x in (k, v))
+        self._pages.append(tuple(torch.empty(s, dtype=dtype, device=k.device) for s in shapes))
+
+    def _locate(self, slot: int) -> tuple[int, int]:
+        for page, (k, _) in enumerate(self._pages):
+            frames = k.shape[2] // self.tokens_per_frame
+            if slot < frames:
+                return page, slot
+            slot -= frames
+        raise IndexError(f"slot {slot} lies outside the cache")
+
+    def _evict(self) -> int:
+        candidates = sorted(i for i in self._ids if i >= self.anchors)
+        chosen = candidates[0]
+        if self.policy is not None:
+            scores = torch.stack([self._scores[self._ids.index(i)] for i in candidates])
+            chosen = self.policy(candidates, scores)
+            if chosen not in candidates:
+                raise ValueError(f"policy must return one of the frame ids {candidates}, got {chosen!r}.")
+        return self._ids.index(chosen)
+
+
+def _check_frames(k: Tensor, v: Tensor, frames: int) -> None:
+    if k.dim() != 4 or k.shape[:3] != v.shape[:3] or frames < 1 or k.shape[2] % frames:
+        raise ValueError(f"k and v must hold {frames} frames, got {list(k.shape)} and {list(v.shape)}.")
+
+
+def _keys_of(gate: MotionGate | None, start: int, end: int) -> MotionGate | None:
+    if gate is None:
+        return None
+    key, drop = gate.key_score, gate.dropped_keys
+    return MotionGate(
+        gate.query_score,
+        None if key is None else key[:, start:end],
+        gate.output_scale,
+        None if drop is None else drop[:, start:end],
+        gate.strength,
+        gate.renormalize,
+    )
+
+
+def _merge(a: tuple[Tensor, Tensor] | None, b: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """Softmax-weighted mean of two attention results ``(out [B, H, Nq, Dv], lse [B, H, Nq])``."""
+    if a is None:
+        return b
+    lse = torch.logaddexp(a[1], b[1])
+    weight = torch.where(lse == -torch.inf, 0.0, torch.exp(b[1] - lse))  # both empty: -inf minus -inf
+    return torch.lerp(a[0], b[0], weight[..., None].to(a[0].dtype)), lse
