@@ -1,0 +1,7 @@
+"""The systems, end to end, over gate4d's primitives; importing them registers them for ``gate4d.patch``."""
+
+from .mut3r import Mut3r, Mut3rFrame, Mut3rResult
+from .ttt3r import Ttt3r, Ttt3rFrame, Ttt3rResult
+from .vggt4d import Vggt4d, Vggt4dResult
+
+__all__ = ["Mut3r", "Mut3rFrame", "Mut3rResult", "Ttt3r", "Ttt3rFrame", "Ttt3rResult", "Vggt4d", "Vggt4dResult"]

@@ -1,0 +1,167 @@
+"""VGGT4D on VGGT: dynamic masks from the attention of a first pass, cameras from a second that does not see them."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ..gates import MotionGate
+from ..integrations.registry import register_method
+from ..integrations.table import AttentionTable
+from ..saliency.gram import RECIPES, GramRecipe, GramResult, GramSaliency
+from ..visibility import TokenLayout
+from .common import clip_images, require_family, require_parts
+from .masks import DynamicMasks, dynamic_masks, patch_masks
+
+_CAMERA_OUTPUTS = ("pose_enc", "pose_enc_list", "pose")
+
+
+class Vggt4dResult(NamedTuple):
+    """What :meth:`Vggt4d.run` returns.
+
+    Attributes:
+        predictions: of the first pass, with the camera outputs of the second.
+        masks: the :class:`~gate4d.methods.masks.DynamicMasks` of the clip.
+        saliency: the :class:`gate4d.GramResult` of the first pass, ``[1, T, patches]``.
+    """
+
+    predictions: dict[str, Any]
+    masks: DynamicMasks
+    saliency: GramResult
+
+
+@register_method("vggt4d")
+class Vggt4d:
+    """VGGT4D's two passes over a clip.
+
+    The first pass is the plain model; :class:`gate4d.GramSaliency` watches its global attention. The saliency becomes
+    masks by :func:`~gate4d.methods.masks.dynamic_masks` on the features of the patch encoder. The second pass drops
+    the keys and values of dynamic patches (any dynamic pixel) in the first layers, in frame and global attention
+    alike, special tokens spared; it reuses the patch encoder's features, which the masks do not change. Cameras are
+    those of the second pass, everything else of the first. The authors' third stage, the refinement of the masks by
+    reprojection, is not part of this.
+
+    Args:
+        recipe: of the saliency, ``"vggt4d"`` (needs 24 global blocks and clips of at least 4 frames) or a
+            :class:`gate4d.GramRecipe`.
+        masked_layers: frame and global blocks whose dynamic keys are dropped.
+        camera_outputs: keys of the predictions that come from the second pass.
+        clusters, engine, seed: of the k-means.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        table: AttentionTable,
+        *,
+        recipe: str | GramRecipe = "vggt4d",
+        masked_layers: Collection[int] = range(5),
+        camera_outputs: Collection[str] = _CAMERA_OUTPUTS,
+        clusters: int = 64,
+        engine: str = "auto",
+        seed: int = 0,
+    ):
+        require_family("vggt4d", table.select("global") or table, "vggt")  # a copy's camera head is VGGT's
+        self.aggregator = getattr(model, "aggregator", model)
+        require_parts("vggt4d", self.aggregator, ("patch_embed", "patch_start_idx", "patch_size"))
+        if isinstance(recipe, str) and recipe not in RECIPES:
+            raise ValueError(f"recipe must be a GramRecipe or one of {list(RECIPES)}, got {recipe!r}.")
+        self.recipe = RECIPES[recipe]() if isinstance(recipe, str) else recipe
+        self.rows = {role: {r.layer: r for r in table.select(role)} for role in ("frame", "global")}
+        missing = [n for n in self.recipe.layers if n not in self.rows["global"]]
+        if missing:
+            raise ValueError(
+                f"recipe needs global blocks {missing}, but the model has {len(self.rows['global'])}: pass a "
+                "GramRecipe for this depth."
+            )
+        self.model = model
+        self.masked_layers = tuple(masked_layers)
+        self.camera_outputs = tuple(camera_outputs)
+        self.clustering = {"clusters": clusters, "engine": engine, "seed": seed}
+
+    @torch.no_grad()
+    def run(self, frames: Any) -> Vggt4dResult:
+        """Both passes.
+
+        Args:
+            frames: one clip, images ``[T, 3, H, W]`` or ``[1, T, 3, H, W]`` in [0, 1], or a sequence of images
+                ``[3, H, W]``; the sides are multiples of the patch size.
+
+        Raises:
+            ValueError, TypeError: frames differ in size, do not divide into patches, or are too few for the recipe's
+                window.
+            ImportError: an extra is missing; names it.
+        """
+        images = clip_images(frames, self.aggregator.patch_size, device=next(self.model.parameters()).device)
+        predictions, saliency, encoded = self._first(images)
+        size = tuple(images.shape[-2:])
+        grid = size[0] // self.aggregator.patch_size, size[1] // self.aggregator.patch_size
+        masks = dynamic_masks(saliency.dyn[0], _patch_tokens(encoded), grid, size, **self.clustering)
+        masked = self._second(images, patch_masks(masks.masks, grid), encoded)
+        cameras = {name: masked[name] for name in self.camera_outputs if name in masked}
+        return Vggt4dResult({**predictions, **cameras}, masks, saliency)
+
+    def close(self) -> None:
+        """Nothing outlives a run."""
+
+    def _first(self, images: Tensor) -> tuple[dict[str, Any], GramResult, Any]:
+        special, (_, frames, _, height, width) = self.aggregator.patch_start_idx, images.shape
+        patches = (height // self.aggregator.patch_size) * (width // self.aggregator.patch_size)
+        gram = GramSaliency(self.recipe, layout=TokenLayout(frames, special + patches, special))
+        encoded: list[Any] = []
+        hook = self.aggregator.patch_embed.register_forward_hook(lambda module, args, out: encoded.append(out))
+        controls = {n: self.rows["global"][n].control for n in self.recipe.layers}
+        added = []
+        try:
+            for layer, control in controls.items():
+                observer = _observer(gram, layer)
+                control.observers.append(observer)
+                added.append((control, observer))
+            predictions = self.model(images)
+        finally:
+            hook.remove()
+            for control, observer in added:
+                control.observers.remove(observer)
+        out = encoded[-1]
+        # The encoder's dict also holds features before its norm and a class token, which nobody reads.
+        encoded_once = {"x_norm_patchtokens": _patch_tokens(out)} if isinstance(out, dict) else out
+        return predictions, gram.finalize(), encoded_once
+
+    def _second(self, images: Tensor, dynamic: Tensor, encoded: Any) -> dict[str, Any]:  # dynamic [T, P]
+        special = torch.zeros((len(dynamic), self.aggregator.patch_start_idx), dtype=torch.bool, device=dynamic.device)
+        dropped = torch.cat((special, dynamic), dim=1)
+        gates = {"frame": MotionGate.drop_keys(dropped), "global": MotionGate.drop_keys(dropped.flatten()[None])}
+        controls = [
+            (self.rows[role][n].control, gate)
+            for role, gate in gates.items()
+            for n in self.masked_layers
+            if n in self.rows[role]
+        ]
+        encoder = self.aggregator.patch_embed
+        own = encoder.__dict__.get("forward")
+        try:
+            for control, gate in controls:
+                control.gate = gate
+            encoder.__dict__["forward"] = lambda *args, **kwargs: encoded
+            return self.model(images)
+        finally:
+            if own is None:
+                del encoder.__dict__["forward"]
+            else:
+                encoder.__dict__["forward"] = own
+            for control, _ in controls:
+                control.gate = None
+
+
+def _observer(gram: GramSaliency, layer: int):
+    return lambda q, k, scale: gram.observe(layer, q, k)
+
+
+def _patch_tokens(encoded: Any) -> Tensor:
+    """``[T, P, C]`` from what a patch encoder returns."""
+    if isinstance(encoded, dict):
+        return encoded["x_norm_patchtokens"]
+    return encoded[0] if isinstance(encoded, tuple) else encoded
