@@ -1,0 +1,1 @@
+"""Measurements on a CUDA device: ``python -m gate4d.benchmarks.gpu``. None of them has been run on one yet."""

@@ -1,0 +1,156 @@
+"""Side-by-side timing: the variants take turns in one process, so that whatever disturbs one disturbs all.
+
+Ratios are taken within a round and their median is reported: a slow drift of the clock frequency or of the load
+cancels. Every second round runs in reverse order, so that no variant always follows the same one.
+
+Load by other processes does not cancel: work that is split evenly among threads waits for the slowest of them, work
+that is handed out piece by piece does not. Each round therefore records how long this process's threads stood in the
+scheduler's queue (``/proc/self/task/*/schedstat``, Linux), rounds in which they had to wait are repeated as long as
+time allows, and only undisturbed rounds count where there are enough of them.
+"""
+
+from __future__ import annotations
+
+import gc
+import itertools
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+WARM_UP_ROUNDS = 2
+QUIET_ROUNDS = 3  # fewer undisturbed rounds than these say too little
+
+
+class Ratio(NamedTuple):
+    """Median of the pairwise ratios and half of their interquartile range."""
+
+    median: float
+    spread: float
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Raw seconds per call of each variant, one entry a round; entry ``i`` of all variants belongs together.
+
+    ``waits`` is, per round, the share of its threads' time that this process stood in the scheduler's queue because
+    others ran; empty where the system does not tell.
+    """
+
+    times: dict[str, list[float]]
+    waits: list[float] = field(default_factory=list)
+
+    @property
+    def disturbed(self) -> bool:
+        """True if there were too few quiet rounds, so that all had to be used."""
+        return bool(self.waits) and sum(map(_quiet, self.waits)) < QUIET_ROUNDS
+
+    def used(self, name: str) -> list[float]:
+        """The seconds of the rounds that count."""
+        if not self.waits or self.disturbed:
+            return self.times[name]
+        return [t for t, wait in zip(self.times[name], self.waits, strict=True) if _quiet(wait)]
+
+    def only(self, *names: str) -> Comparison:
+        """The same rounds with fewer variants."""
+        return Comparison({name: self.times[name] for name in names}, self.waits)
+
+    def median(self, name: str) -> float:
+        """Median seconds per call."""
+        return statistics.median(self.used(name))
+
+    def medians(self) -> dict[str, float]:
+        """Median seconds per call of every variant."""
+        return {name: self.median(name) for name in self.times}
+
+    def ratio(self, of: str, to: str) -> Ratio:
+        """``of / to``, round by round."""
+        return _summary([a / b for a, b in zip(self.used(of), self.used(to), strict=True)])
+
+    def difference(self, of: str, to: str) -> Ratio:
+        """``of - to`` in seconds, round by round."""
+        return _summary([a - b for a, b in zip(self.used(of), self.used(to), strict=True)])
+
+    def warnings(self) -> list[str]:
+        """What makes these figures less trustworthy."""
+        if self.disturbed:
+            return [f"DISTURBED: threads waited {statistics.median(self.waits):.0%} of the time for other processes"]
+        drifts = {name: _drift(self.used(name)) for name in self.times}
+        return [f"{name} drifted by {d - 1:+.0%} over the run" for name, d in drifts.items() if not 0.9 < d < 1.1]
+
+
+def compare(
+    variants: Mapping[str, Callable[[], Any]],
+    *,
+    seconds: float,
+    threads: int,
+    min_rounds: int = 5,
+    max_rounds: int = 31,
+    calls: int = 1,
+    on_round: Callable[[int], None] = lambda n: None,
+) -> Comparison:
+    """Time ``variants`` in turns for ``seconds`` and at least ``min_rounds``; at most ``max_rounds`` quiet ones.
+
+    All are warmed first. On a busy machine it goes on for up to three times ``seconds`` to find ``min_rounds`` quiet
+    rounds. ``calls`` of a variant make one sample, for calls too short for the clock; ``threads`` is what torch uses.
+    """
+    if not variants:
+        raise ValueError("variants must hold at least one callable.")
+    for _ in range(WARM_UP_ROUNDS):
+        for step in variants.values():
+            _sample(step, calls)
+    names = list(variants)
+    times: dict[str, list[float]] = {name: [] for name in names}
+    waits: list[float] = []
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        started = time.perf_counter()
+        for n in itertools.count():
+            elapsed, quiet = time.perf_counter() - started, sum(map(_quiet, waits)) if waits else n
+            if quiet >= max_rounds or (n >= min_rounds and elapsed > seconds * (1 if quiet >= min_rounds else 3)):
+                break
+            waited, begin = _waited(), time.perf_counter()
+            for name in names if n % 2 == 0 else reversed(names):
+                times[name].append(_sample(variants[name], calls))
+            if waited is not None:
+                waits.append((_waited() - waited) / (time.perf_counter() - begin) / threads)
+            on_round(n + 1)
+    finally:
+        if collecting:
+            gc.enable()
+    return Comparison(times, waits)
+
+
+def _sample(step: Callable[[], Any], calls: int) -> float:
+    begin = time.perf_counter()
+    for _ in range(calls):
+        step()  # the result is dropped at once: memory is taken and given back within the call's own time
+    return (time.perf_counter() - begin) / calls
+
+
+def _summary(values: list[float]) -> Ratio:
+    if len(values) == 1:
+        return Ratio(values[0], 0.0)
+    low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
+    return Ratio(middle, (high - low) / 2)
+
+
+def _drift(times: list[float]) -> float:
+    third = len(times) // 3
+    return statistics.median(times[-third:]) / statistics.median(times[:third]) if third else 1.0
+
+
+def _quiet(wait: float) -> bool:
+    return wait < 0.05
+
+
+def _waited() -> float | None:
+    """Seconds that this process's threads were ready to run and did not, since they began."""
+    try:
+        tasks = [path.read_text().split() for path in Path("/proc/self/task").glob("*/schedstat")]
+    except OSError:
+        return None
+    return sum(int(fields[1]) for fields in tasks) / 1e9 if tasks else None

@@ -1,0 +1,1 @@
+"""Command line: ``gate4d info | bench | demo``."""

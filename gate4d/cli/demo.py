@@ -1,0 +1,154 @@
+"""``gate4d demo [CLIP]``: gated, frame-causal attention on real frames, three implementations side by side."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import math
+import shlex
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from gate4d import backends
+
+from .info import collect, field
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of the command."""
+    parser.add_argument(
+        "clip", nargs="?", metavar="CLIP", help="video file or folder of images; default: a rendered clip"
+    )
+    parser.add_argument("--out", type=Path, default=Path("demo"), help="output folder, replaced if a demo wrote it")
+    parser.add_argument("--frames", type=int, default=24, help="largest number of frames (default 24)")
+    parser.add_argument("--stride", type=int, default=1, help="take every n-th frame of CLIP (default 1)")
+    parser.add_argument("--patches", type=int, default=414, help="largest number of patches a frame (default 414)")
+    parser.add_argument("--pairs", type=int, default=1, help="pairs of frame and clip blocks; VGGT has 24 (default 1)")
+    parser.add_argument("--strength", type=float, default=1.0, help="the gate's exponent (default 1)")
+    parser.add_argument("--window", type=int, help="frames a query looks back on, its own included (default: all)")
+    parser.add_argument("--sinks", type=int, default=0, help="leading frames that stay visible beside the window")
+    parser.add_argument("--budget", type=float, default=60.0, help="seconds for measuring, shared out (default 60)")
+    parser.add_argument(
+        "--max-gib", type=float, help="memory limit of an implementation (default: half of what is free)"
+    )
+    parser.add_argument("--threads", type=int, default=0, help="threads (default: torch's choice)")
+    parser.add_argument("--seed", type=int, default=0, help="of the rendered clip and of the weights (default 0)")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Render or read the clip, measure, print and write the report."""
+    begin = time.perf_counter()
+    _check(args)
+    # Late imports: bad options are refused at once.
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+    from gate4d.data import read_clip, render_clip
+    from gate4d.data.clip import fitted_size
+    from gate4d.demo import measure, report
+    from gate4d.models.alternating import SPECIAL_TOKENS, frame_difference, pool_to_patches
+
+    report.check_folder(args.out)
+    patch = 14
+    columns = [TextColumn("{task.description:<30}"), BarColumn(28), TextColumn("{task.percentage:>3.0f} %")]
+    with Progress(*columns, TimeElapsedColumn(), console=Console(stderr=True)) as bar:
+        task = bar.add_task("rendering the clip" if args.clip is None else "reading the clip", total=None)
+        if args.clip is None:
+            size = fitted_size(392, 518, patch=patch, max_patches=args.patches)
+            clip = render_clip(args.frames, *size, seed=args.seed)
+        else:
+            clip = read_clip(
+                args.clip, max_frames=args.frames, stride=args.stride, patch=patch, max_patches=args.patches
+            )
+        if clip.motion is not None:
+            motion, cue = pool_to_patches(clip.motion, patch), "share of truly moving pixels in the patch"
+        else:
+            motion, cue = frame_difference(clip.frames, patch), "plain frame difference (answers to camera motion too)"
+
+        counts = measure.frame_counts(len(clip.frames))
+        limit = int(args.max_gib * 2**30) if args.max_gib else measure.available_memory() // 2
+        settings = measure.Settings(
+            args.strength, args.window, args.sinks, {"pairs": args.pairs, "patch": patch, "seed": args.seed},
+            args.budget, limit, threads=args.threads,
+        )  # fmt: skip
+        steps = len(counts) * len(measure.IMPLEMENTATIONS)
+        bar.update(task, description="starting three processes", total=steps + 1, completed=0)
+        done = iter(range(steps))
+        study = measure.measure(
+            clip.frames, motion, counts, settings,
+            lambda text: bar.update(task, description=text, completed=next(done)),
+        )  # fmt: skip
+        bar.update(task, description="writing the report", completed=steps)
+        served = _backend()
+        height, width = clip.frames.shape[1:3]
+        context = {
+            "command": shlex.join(["gate4d", *sys.argv[1:]]),
+            "weights": "random",
+            "model": {"pairs": args.pairs, "heads": 16, "head_dim": 64, "special_tokens": SPECIAL_TOKENS},
+            "gate": {"strength": args.strength, "window": args.window, "sinks": args.sinks, "cue": cue},
+            "gate4d_backend": served,
+            "machine": _machine(),
+        }
+        with report.written_at_once(args.out) as folder:
+            report.write_json(folder / "figures.json", report.figures(study, clip, context))
+            subtitle = f"{args.pairs} frame + {args.pairs} clip block, 16 heads x 64, fp32, random weights"
+            subtitle += f", {study.threads} threads, gate4d's {served['name']} backend"
+            report.draw_curves(folder / "curves.png", study, subtitle)
+            report.draw_overlay(folder / "overlay.png", clip, motion, patch, cue)
+        bar.update(task, description="done", completed=steps + 1)
+
+    size = f"{len(clip.frames)} frames of {width}x{height}"
+    lines = [
+        *field("clip", f"{clip.name}: {size}"),
+        *field("model", f"VGGT-shaped, {args.pairs} frame + {args.pairs} clip block, 16 heads x 64, RANDOM WEIGHTS:"
+               " shows speed, memory and agreement, not reconstruction quality"),
+        *field("motion", cue),
+        *field("machine", f"{study.threads} threads, {context['machine']['processor']}"),
+        *field("gate4d", f"{served['name']} backend"),
+    ]  # fmt: skip
+    if served["name"] == "reference":
+        lines += field("", f"it holds the maps in memory and is slow, because {served['why_not_cpu']}")
+    print("\n".join(lines))
+    print()
+    print(report.table(study))
+    print()
+    for curve in study.curves:
+        if curve.stopped:
+            print(f"{curve.name} stopped {curve.stopped}.")
+    print("FPS: whole forward pass. Peak: memory touched by it above the loaded model.")
+    print("max diff: largest difference of outputs, relative to the largest output;")
+    print(f"switching the gate off changes them by {study.gate_effect:.1e}.")
+    print(f"Wrote {', '.join(str(args.out / f) for f in report.FILES)} in {time.perf_counter() - begin:.0f} s.")
+    return 0
+
+
+def _check(args: argparse.Namespace) -> None:
+    for name, least in (("frames", 2), ("stride", 1), ("patches", 1), ("pairs", 1), ("sinks", 0), ("threads", 0)):
+        if getattr(args, name) < least:
+            raise ValueError(f"--{name} must be at least {least}, got {getattr(args, name)}.")
+    if args.window is not None and args.window < 1:
+        raise ValueError(f"--window must be at least 1 (frames, the current one included), got {args.window}.")
+    for name in ("budget", "max_gib"):
+        value = getattr(args, name)
+        if value is not None and not (math.isfinite(value) and value > 0):
+            raise ValueError(f"--{name.replace('_', '-')} must be positive, got {value:g}.")
+    if not (math.isfinite(args.strength) and args.strength >= 0):
+        raise ValueError(f"--strength must be finite and >= 0, got {args.strength}.")
+    missing = [m for m in ("rich", "matplotlib") if importlib.util.find_spec(m) is None]
+    if missing:
+        raise ImportError(f"The demo needs {' and '.join(missing)}: pip install 'gate4d[demo]'.")
+
+
+def _backend() -> dict[str, str | None]:
+    """Which backend serves the demo's calls, and why the compiled one does not, if so."""
+    request = backends.Request("cpu", torch.float32, 64, 64, True, True, False)
+    reasons = backends.BACKENDS["cpu"].not_supported_reasons(request)
+    return {"name": backends.select("auto", request).name, "why_not_cpu": "; ".join(reasons) or None}
+
+
+def _machine() -> dict[str, object]:
+    facts = collect()
+    return {**facts["versions"], **facts["machine"]}

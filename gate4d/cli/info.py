@@ -1,0 +1,179 @@
+"""``gate4d info``: versions, the processor, and which backends can run here and why the others cannot."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import json
+import os
+import platform
+import textwrap
+from pathlib import Path
+
+import torch
+
+import gate4d
+from gate4d import backends
+from gate4d._library import library_error
+
+# Names as Linux spells them; None elsewhere, where only torch's own summary is known.
+FEATURES = {"AVX2": "avx2", "FMA": "fma", "AVX-512F": "avx512f", "AVX512-BF16": "avx512_bf16", "AMX-BF16": "amx_bf16"}
+_WIDTH = 80
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of the command."""
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print what :func:`collect` finds."""
+    facts = collect()
+    print(json.dumps(facts, indent=2) if args.json else render(facts))
+    return 0
+
+
+def collect() -> dict:
+    """Versions, machine and backends as plain data."""
+    return {
+        "versions": {
+            "gate4d": gate4d.__version__,
+            "torch": torch.__version__,
+            "triton": _version("triton"),
+            "numpy": _version("numpy"),
+            "python": platform.python_version(),
+            "platform": platform.platform(),
+        },
+        "machine": {
+            "processor": _processor(),
+            "features": _features(),
+            "torch_cpu_capability": torch.backends.cpu.get_cpu_capability(),
+            "threads": torch.get_num_threads(),
+            "cores": os.cpu_count(),
+            "gpu": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
+        },
+        "library": {
+            "error": library_error(),
+            "cpu_path": _cpu_path(),
+            "GATE4D_CPU_ISA": os.environ.get("GATE4D_CPU_ISA"),
+        },
+        "calls": {name: _served(request) for name, request in typical_requests().items()},
+    }
+
+
+def typical_requests() -> dict[str, backends.Request]:
+    """The calls that ``info`` asks every backend about: 64 channels a head, no statistics."""
+    requests = {}
+    for device in ["cpu"] + ["cuda"] * torch.cuda.is_available():
+        for name, dtype, gated in (
+            ("fp32 gated", torch.float32, True),
+            ("bf16 gated", torch.bfloat16, True),
+            ("fp32 un-gated", torch.float32, False),
+        ):
+            label = name if device == "cpu" else f"{name} ({device})"
+            requests[label] = backends.Request(device, dtype, 64, 64, gated, False, False)
+    return requests
+
+
+def render(facts: dict) -> str:
+    """The facts as plain text in 80 columns."""
+    versions, machine, library = facts["versions"], facts["machine"], facts["library"]
+    features = [f"{name} {'yes' if has else 'no'}" for name, has in (machine["features"] or {}).items()]
+    isa = library["cpu_path"] or "none: the compiled library is not loaded"
+    if library["GATE4D_CPU_ISA"]:
+        isa += f" (GATE4D_CPU_ISA={library['GATE4D_CPU_ISA']})"
+    lines = [
+        *field("gate4d", versions["gate4d"]),
+        *field("torch", f"{versions['torch']}, triton {versions['triton'] or 'not installed'}"),
+        *field("python", f"{versions['python']}, numpy {versions['numpy']}"),
+        *field("platform", versions["platform"]),
+        *field("processor", machine["processor"]),
+        *field("features", ", ".join(features) or f"torch sees {machine['torch_cpu_capability']}"),
+        *field("threads", f"{machine['threads']} of {machine['cores']} cores"),
+        *field("GPU", ", ".join(machine["gpu"]) or "none"),
+        *field("CPU path", isa),
+        "",
+        "Which backend can serve a call here (head dim 64):",
+        "",
+    ]
+    names = list(backends.BACKENDS)
+    lines.append(f"  {'call':<22}{'auto takes':<16}others that can")
+    for call, served in facts["calls"].items():
+        others = ", ".join(n for n in names if not served["reasons"][n] and n != served["auto"]) or "none"
+        row = f"  {call:<22}{served['auto']:<16}"
+        lines += textwrap.wrap(others, _WIDTH, initial_indent=row, subsequent_indent=" " * len(row))
+    reasons: dict[str, list[str]] = {}
+    for served in facts["calls"].values():
+        for name in names:
+            for reason in served["reasons"][name]:
+                reasons.setdefault(name, [])
+                if reason not in reasons[name]:
+                    reasons[name].append(reason)
+    if reasons:
+        lines += ["", "Why not:"]
+        for name, why in reasons.items():
+            for reason in why:
+                lines += textwrap.wrap(f"{name}: {reason}", _WIDTH, initial_indent="  ", subsequent_indent="    ")
+    if library["error"]:
+        lines += ["", "What to do:", *textwrap.wrap(advice(), _WIDTH, initial_indent="  ", subsequent_indent="  ")]
+    return "\n".join(lines)
+
+
+def advice() -> str:
+    """How to get the compiled kernels."""
+    return (
+        "Until then gated calls run on the reference backend: right, but slow, and its memory grows with the square "
+        "of the tokens. For the compiled kernels install a C++17 compiler (Debian: apt-get install g++), leave "
+        "GATE4D_BUILD unset, and reinstall: remove .venv/.ready and run `make setup` in a clone, or "
+        "`pip install --no-build-isolation --force-reinstall --no-deps gate4d` elsewhere."
+    )
+
+
+def field(name: str, value: str) -> list[str]:
+    """A named value as lines of at most 80 columns."""
+    return textwrap.wrap(value, _WIDTH, initial_indent=f"{name:<11}", subsequent_indent=" " * 11) or [name]
+
+
+def _served(request: backends.Request) -> dict:
+    reasons = {name: b.not_supported_reasons(request) for name, b in backends.BACKENDS.items()}
+    try:
+        auto = backends.select("auto", request).name
+    except NotImplementedError:
+        auto = "nothing"
+    return {"auto": auto, "reasons": reasons}
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _cpuinfo() -> dict[str, str]:
+    """The first processor's entries of /proc/cpuinfo; empty where there is none."""
+    try:
+        text = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return {}
+    entries = (line.split(":", 1) for line in text.split("\n\n")[0].splitlines() if ":" in line)
+    return {key.strip(): value.strip() for key, value in entries}
+
+
+def _processor() -> str:
+    return _cpuinfo().get("model name") or platform.processor() or platform.machine()
+
+
+def _features() -> dict[str, bool] | None:
+    flags = _cpuinfo().get("flags")
+    return None if flags is None else {name: flag in flags.split() for name, flag in FEATURES.items()}
+
+
+def _cpu_path() -> str | None:
+    """The instruction set that the compiled kernels chose, None without them."""
+    if library_error() is not None:
+        return None
+    try:
+        return torch.ops.gate4d.cpu_isa()
+    except (AttributeError, RuntimeError) as e:
+        return f"unknown ({e})".splitlines()[0]

@@ -1,0 +1,1 @@
+"""Models that exercise the attention: none of them is trained."""

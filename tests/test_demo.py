@@ -1,0 +1,375 @@
+"""The demo's model, its measurements and its report."""
+
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from gate4d import TokenLayout, Visibility
+from gate4d.cli.main import main
+from gate4d.data import Clip
+from gate4d.demo import measure, report
+from gate4d.demo.measure import Curve, Point, Settings, Study
+from gate4d.demo.worker import MemoryMeter
+from gate4d.models.alternating import (
+    IMPLEMENTATIONS,
+    SPECIAL_TOKENS,
+    AlternatingStack,
+    dense_bias,
+    frame_difference,
+    gate4d_attention,
+    pool_to_patches,
+)
+
+SMALL = {"heads": 2, "head_dim": 8, "patch": 4, "pairs": 2}
+
+
+@pytest.fixture
+def frames():
+    return torch.randint(0, 256, (3, 8, 12, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture
+def motion():
+    scores = torch.rand(3, 6, generator=torch.Generator().manual_seed(1))
+    scores[:, 0], scores[:, 1] = 0, 1
+    return scores
+
+
+# ---- model -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("strength", [0.0, 0.5, 1.0, 2.0])
+@pytest.mark.parametrize(("window", "sinks"), [(None, 0), (1, 0), (2, 1)])
+def test_implementations_agree(frames, motion, strength, window, sinks):
+    options = {"strength": strength, "window": window, "sinks": sinks}
+    with torch.no_grad():
+        exact = AlternatingStack(**SMALL).double()
+        oracle = exact(frames, motion.double(), IMPLEMENTATIONS["maps"], **options)
+        assert torch.isfinite(oracle).all()
+        for implementation in IMPLEMENTATIONS.values():
+            out = exact(frames, motion.double(), implementation, **options)
+            assert (out - oracle).abs().max() < 1e-12 * oracle.abs().max()
+        single = AlternatingStack(**SMALL)
+        errors = {n: (single(frames, motion, f, **options) - oracle).abs().max() for n, f in IMPLEMENTATIONS.items()}
+    rounding = torch.finfo(torch.float32).eps * oracle.abs().max()
+    assert errors["gate4d"] <= 2 * errors["maps"] + rounding
+
+
+def test_later_frames_change_nothing_before_them(frames, motion):
+    model = AlternatingStack(**SMALL)
+    changed = frames.clone()
+    changed[2] = 255 - changed[2]
+    with torch.no_grad():
+        before, after = (model(x, motion, gate4d_attention) for x in (frames, changed))
+    assert torch.equal(before[:2], after[:2])
+    assert not torch.equal(before[2], after[2])
+
+
+def test_static_tokens_do_not_see_dynamic_patches(frames):
+    motion = torch.zeros(3, 6)
+    motion[:, 1] = 1  # the patch of rows 0..3 and columns 4..7
+    changed = frames.clone()
+    changed[:, 0:4, 4:8] = 255 - changed[:, 0:4, 4:8]
+    model = AlternatingStack(**SMALL)
+    with torch.no_grad():
+        gated = [model(x, motion, gate4d_attention) for x in (frames, changed)]
+        plain = [model(x, motion, gate4d_attention, strength=0.0) for x in (frames, changed)]
+    static = torch.arange(gated[0].shape[1]) != SPECIAL_TOKENS + 1
+    assert torch.equal(gated[0][:, static], gated[1][:, static])
+    assert not torch.equal(gated[0][:, ~static], gated[1][:, ~static])
+    assert not torch.equal(plain[0][:, static], plain[1][:, static])
+
+
+def test_dense_bias_by_hand():
+    motion = torch.tensor([[0.0, 1.0, 0.5]])
+    bias = dense_bias(motion, Visibility.frame_causal(TokenLayout(3, 1)), 2.0)[0, 0]
+    inf = torch.inf
+    expected = torch.tensor([[0, -inf, -inf], [0, 0, -inf], [0, 2 * np.log(0.5), 2 * np.log(0.75)]])
+    torch.testing.assert_close(bias, expected.float())
+    assert not dense_bias(motion, Visibility.full(), 0.0).isnan().any()
+
+
+def test_weights_depend_on_the_seed_alone():
+    first, second, other = (AlternatingStack(**SMALL, seed=s).state_dict() for s in (0, 0, 1))
+    assert all(torch.equal(first[n], second[n]) for n in first)
+    assert not torch.equal(first["embed.weight"], other["embed.weight"])
+
+
+def test_patch_scores_follow_the_patch_embedding():
+    motion = torch.zeros(1, 8, 12)
+    motion[0, 4:8, 8:12] = 1
+    motion[0, 0:2, 4:8] = 1
+    assert pool_to_patches(motion, 4).tolist() == [[0, 0.5, 0, 0, 0, 1]]
+    embed = AlternatingStack(**SMALL).embed
+    tokens = embed(motion[:, None].expand(-1, 3, -1, -1)).flatten(2)[0].norm(dim=0)
+    assert (tokens > 1e-3).tolist() == [False, True, False, False, False, True]
+
+
+def test_frame_difference_finds_a_moving_square():
+    clip = torch.full((5, 48, 48, 3), 90, dtype=torch.uint8)
+    for t in range(5):
+        clip[t, 20:28, 4 + 8 * t : 12 + 8 * t] = 230
+    cue = frame_difference(clip, 4).view(5, 12, 12)
+    assert cue.min() == 0
+    assert cue.max() <= 1
+    for t in range(1, 4):
+        assert (cue[t, 5:7, 1 + 2 * t : 3 + 2 * t] == 1).all()
+        assert cue[t].sum() == 4
+    assert (frame_difference(clip[:1].expand(2, -1, -1, -1), 4) == 0).all()
+
+
+# ---- measurement -------------------------------------------------------------------------------------------------
+
+
+def test_extrapolation_follows_the_last_two_points():
+    assert measure.extrapolate([], 8) == 0
+    assert measure.extrapolate([(2, 3.0)], 4) == 12
+    assert measure.extrapolate([(2, 3.0), (4, 6.0)], 8) == pytest.approx(12)
+    assert measure.extrapolate([(2, 3.0), (4, 30.0)], 8) == pytest.approx(120)  # at most quadratic
+    assert measure.extrapolate([(2, 3.0), (4, 2.0)], 8) == pytest.approx(4)  # at least linear
+    assert measure.extrapolate([(2, 0), (4, 0)], 8) == 0
+
+
+def test_frame_counts():
+    assert measure.frame_counts(2) == [2]
+    assert measure.frame_counts(5) == [2, 4, 5]
+    assert measure.frame_counts(24) == [2, 4, 6, 8, 12, 16, 24]
+    assert measure.frame_counts(100) == [2, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 100]
+
+
+def test_a_stopped_curve_leaves_its_time_to_the_others():
+    curves = [Curve("a", spent=2.0), Curve("b", spent=3.0), Curve("c", spent=4.0, stopped="before 4 frames")]
+    assert measure._seconds_left(curves[0], curves, 30.0) == pytest.approx((30 - 4) / 2 - 2)
+
+
+def test_available_memory_is_plausible():
+    assert 2**26 < measure.available_memory() < 2**46
+
+
+METER = """
+import torch
+from gate4d.demo.worker import MemoryMeter
+torch.zeros(2**20)
+meter = MemoryMeter()
+for mebibytes in (8, 64, 16):
+    meter.start()
+    torch.ones(mebibytes * 2**18)
+    print(meter.peak())
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the resettable high-water mark is Linux's")
+def test_memory_meter_measures_what_was_touched():
+    run = subprocess.run([sys.executable, "-c", METER], capture_output=True, text=True, check=True)
+    peaks = [int(x) / 2**20 for x in run.stdout.split()]
+    for wanted, peak in zip((8, 64, 16), peaks, strict=True):
+        assert wanted * 0.98 <= peak <= wanted + 3
+    assert MemoryMeter().method.startswith("peak resident set of a fresh process")
+
+
+def test_measure_in_fresh_processes(frames, motion):
+    settings = Settings(model=SMALL, repeat_seconds=0.0, max_bytes=1, budget=600.0)
+    steps = []
+    study = measure.measure(frames, motion, [2, 3], settings, steps.append, ("SDPA + mask", "gate4d"))
+    assert len(steps) == 4
+    assert study.tokens_per_frame == 11
+    assert list(study.differences) == [2]
+    assert study.differences[2] < 1e-5 < 1e-2 < study.gate_effect
+    for curve in study.curves:  # a first count always runs; the memory limit ends every curve after it
+        assert [(p.frames, p.runs) for p in curve.points] == [(2, 1)]
+        assert curve.points[0].fps > 0
+        if curve.points[0].peak_bytes:
+            assert curve.stopped.startswith("before 3 frames: about 0.0 GiB expected")
+
+
+def test_a_failing_implementation_fails_the_study(frames, motion):
+    with pytest.raises(RuntimeError, match=r"nonsense did not start: KeyError: 'nonsense'"):
+        measure.measure(frames, motion, [2], Settings(model=SMALL), implementations=("nonsense",))
+
+
+class FakeWorker:
+    """Answers with prepared messages, in place of a process."""
+
+    name = "maps"
+
+    def __init__(self, reply):
+        self.reply = reply
+
+    def ask(self, save, **request):
+        if isinstance(self.reply, Exception):
+            raise self.reply
+        np.save(save, self.reply.pop("output"))
+        return self.reply
+
+
+def advance(tmp_path, reply, **changes):
+    curve, outputs = Curve("maps", points=[Point(2, 1.0, 1, 2**30)]), {}
+    settings = Settings(max_bytes=changes.get("max_bytes", 2**40))
+    measure._advance(FakeWorker(reply), curve, 4, settings, changes.get("left", 60.0), tmp_path, outputs)
+    return curve, outputs
+
+
+def test_stopping_is_said(tmp_path):
+    reply = {"seconds": 2.0, "runs": 3, "peak_bytes": 5}
+    curve, outputs = advance(tmp_path, {**reply, "output": np.ones((4, 2))})
+    assert curve.points[-1] == Point(4, 2.0, 3, 5)
+    assert curve.spent == 6.0
+    assert curve.stopped is None
+    assert outputs["maps"].shape == (4, 2)
+    assert "about 4 s expected, 1 s" in advance(tmp_path, {}, left=1.2)[0].stopped
+    assert "about 4.0 GiB expected, limit 3.0 GiB" in advance(tmp_path, {}, max_bytes=3 * 2**30)[0].stopped
+    killed = measure.WorkerDied("killed by signal 9, most likely for lack of memory")
+    assert advance(tmp_path, killed)[0].stopped == f"at 4 frames: {killed}"
+    with pytest.raises(RuntimeError, match="maps failed at 4 frames: ValueError: no"):
+        advance(tmp_path, measure.WorkerDied("ValueError: no"))
+    with pytest.raises(RuntimeError, match="not finite at 4 frames"):
+        advance(tmp_path, {**reply, "output": np.full((4, 2), np.nan)})
+
+
+def test_a_killed_process_is_noticed(tmp_path):
+    worker = measure.Worker({"implementation": "gate4d"}, tmp_path)
+    worker._process.kill()
+    with pytest.raises(measure.WorkerDied, match="killed by signal 9, most likely for lack of memory"):
+        worker.ask(frames=2)
+    worker.close()
+
+
+# ---- report ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def study():
+    curves = [
+        Curve("maps", [Point(2, 3.0, 1, 2**33)], "before 40 frames: about 9 GiB expected, limit 2.0 GiB"),
+        Curve("SDPA + mask", [Point(2, 0.001, 5, 2**20), Point(40, 1.0, 1, 2**40)]),
+        Curve("gate4d", [Point(2, 2.0, 2, 2**20), Point(40, 10.0, 1, 2**21)]),
+    ]
+    return Study([2, 40], 1041, curves, {2: 1e-7, 40: 3e-7}, 0.3, "measured", 2)
+
+
+def test_table_fits_80_columns(study):
+    lines = report.table(study).splitlines()
+    assert max(map(len, lines)) <= 80
+    assert lines[-1].split() == ["40", "41640", "-", "-", "40.00", "1048576", "4.00", "2", "3.0e-07"]
+
+
+def test_pictures_and_figures(tmp_path, study, motion):
+    clip = Clip(torch.full((3, 8, 12, 3), 128, dtype=torch.uint8), "grey", torch.ones(3, 8, 12, dtype=torch.bool))
+    report.draw_curves(tmp_path / "curves.png", study, "subtitle")
+    report.draw_overlay(tmp_path / "overlay.png", clip, motion, 4, "a cue")
+    for name in ("curves.png", "overlay.png"):
+        pixels = np.asarray(Image.open(tmp_path / name).convert("RGB")).astype(int)
+        assert pixels.shape[0] > 200
+        assert pixels.shape[1] > 300
+        assert pixels.std() > 5
+    red = (pixels[..., 0] > 150) & (pixels[..., 1] < 110)
+    assert red.mean() > 0.1  # the true mask is everywhere
+    data = json.loads(json.dumps(report.figures(study, clip, {"command": "gate4d demo"})))
+    assert data["curves"]["gate4d"]["points"][1]["fps"] == 4.0
+    assert data["curves"]["maps"]["stopped"].startswith("before 40")
+
+
+def test_an_earlier_demo_is_replaced(tmp_path):
+    out = tmp_path / "demo"
+    for text in ("first", "second"):
+        with report.written_at_once(out) as folder:
+            (folder / "figures.json").write_text(text)
+    assert (out / "figures.json").read_text() == "second"
+    assert [p.name for p in tmp_path.iterdir()] == ["demo"]
+
+
+def test_failure_leaves_what_was_there(tmp_path):
+    out = tmp_path / "demo"
+
+    def interrupted():
+        with report.written_at_once(out) as folder:
+            (folder / "curves.png").write_text("half")
+            raise KeyboardInterrupt
+
+    for expected in ([], ["demo"]):
+        with pytest.raises(KeyboardInterrupt):
+            interrupted()
+        assert [p.name for p in tmp_path.iterdir()] == expected
+        out.mkdir(exist_ok=True)
+        (out / "figures.json").write_text("kept")
+    assert [p.name for p in out.iterdir()] == ["figures.json"]
+
+
+def test_folders_of_others_are_left_alone(tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.tex").write_text("years of work")
+    (tmp_path / "file").write_text("")
+    (tmp_path / "link").symlink_to(tmp_path / "mine")
+    for name, error, what in (
+        ("mine", FileExistsError, r"holds files that no demo wrote \(thesis.tex\)"),
+        ("file", FileExistsError, "is not a folder"),
+        ("link", FileExistsError, "is not a folder"),
+        ("no/where", FileNotFoundError, "does not exist"),
+    ):
+        with pytest.raises(error, match=what), report.written_at_once(tmp_path / name):
+            pytest.fail("the body must not run")
+    assert (tmp_path / "mine" / "thesis.tex").exists()
+
+
+# ---- command -----------------------------------------------------------------------------------------------------
+
+
+def test_demo_command_on_a_folder(tmp_path, capsys):
+    rng = np.random.default_rng(0)
+    (tmp_path / "in").mkdir()
+    for i in range(3):
+        Image.fromarray(rng.integers(0, 255, (28, 42, 3), dtype=np.uint8)).save(tmp_path / "in" / f"{i}.png")
+    out = tmp_path / "out"
+    assert main(["demo", str(tmp_path / "in"), "--out", str(out), "--frames", "2", "--window", "1"]) == 0
+    text = capsys.readouterr().out
+    assert max(map(len, text.splitlines()[:-1])) <= 80  # the last line holds paths
+    assert "RANDOM WEIGHTS" in text
+    assert "plain frame difference" in text
+    assert sorted(p.name for p in out.iterdir()) == sorted(report.FILES)
+    data = json.loads((out / "figures.json").read_text())
+    assert data["clip"]["tokens_per_frame"] == 11
+    assert data["largest_relative_difference"]["2"] < 1e-4 < data["relative_difference_without_gate"]
+    assert data["machine"]["torch"] == torch.__version__
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["missing.mp4"], "nothing found at missing.mp4"),
+        (["corrupt.mp4"], "corrupt.mp4 is not a readable video"),
+        (["broken"], "frame 1 cannot be read, broken/1.png"),
+        (["--frames", "1"], "--frames must be at least 2"),
+        (["--window", "0"], "--window must be at least 1"),
+        (["--strength", "-1"], "--strength must be finite and >= 0"),
+        (["--strength", "nan"], "--strength must be finite"),
+        (["--budget", "0"], "--budget must be positive"),
+        (["--max-gib", "-2"], "--max-gib must be positive"),
+        (["--out", "no/where"], "--out: the folder no does not exist"),
+        (["--out", "broken"], "--out: broken holds files that no demo wrote"),
+    ],
+)
+def test_bad_input_is_one_message_and_no_folder(tmp_path, monkeypatch, capsys, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "corrupt.mp4").write_bytes(b"nothing like a video" * 99)
+    (tmp_path / "broken").mkdir()
+    for i in range(3):
+        Image.new("RGB", (28, 28)).save(tmp_path / "broken" / f"{i}.png")
+    (tmp_path / "broken" / "1.png").write_bytes(b"oops")
+    before = sorted(os.listdir())
+    assert main(["demo", *arguments]) == 2
+    error = capsys.readouterr().err
+    assert f"gate4d demo: {message}" in error.replace("clip: ", "")
+    assert "Traceback" not in error
+    assert sorted(os.listdir()) == before
+
+
+def test_missing_extra_is_named(monkeypatch, capsys):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert main(["demo"]) == 2
+    assert "pip install 'gate4d[demo]'" in capsys.readouterr().err
