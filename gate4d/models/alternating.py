@@ -114,38 +114,76 @@ class PatchEmbed(nn.Module):
 
 
 class Matching(nn.Module):
-    """Local correlation of a frame with the one before it and the one after it, where they are known.
+    """Block matching of a frame with those 1 and 3 before it and after it, where they are known.
 
-    A model of this size, trained for an hour, does not find correspondences in attention over patches alone; where a
-    pixel went is given to it, whether that was the camera or an object is not.
+    Normalised cross-correlation of 5 x 5 neighbourhoods at half the size, for shifts of up to 8 pixels. A model of this
+    size, trained for an hour, does not come to find correspondences by attention over patches; where a pixel went is
+    given to it, whether the camera or an object moved is not.
     """
 
-    radius = 4
+    radius, block, sharpness = 4, 5, 30.0
+    steps = (1, 3)  # slow objects show over three frames, fast ones have not left the window after one
 
-    def __init__(self, width: int, dim: int):
+    def __init__(self, widths: tuple[int, int], dim: int):
         super().__init__()
-        self.project = nn.Conv2d(width, 32, 1)
-        self.reduce = nn.Conv2d(2 * (2 * self.radius + 1) ** 2, width, 1)
-        self.mix = nn.Conv2d(width, width, 3, 1, 1)
-        self.patch = nn.Conv2d(width, dim, 2, 2)
+        half, quarter = widths
+        self.reduce = nn.Conv2d(2 * len(self.steps) * ((2 * self.radius + 1) ** 2 + 3), half, 1)
+        self.smooth = nn.Conv2d(half, half, 3, 1, 1)
+        self.down = nn.Conv2d(half, quarter, 3, 2, 1)
+        self.mix = nn.Conv2d(quarter, quarter, 3, 1, 1)
+        self.patch = nn.Conv2d(quarter, dim, 2, 2)
 
-    def describe(self, quarter: Tensor) -> Tensor:
-        """``[N, width, h, w]`` to unit vectors ``[N, 32, h, w]``."""
-        return F.normalize(self.project(quarter), dim=1)
+    def forward(self, clip: Tensor, before: Tensor | None, causal: bool) -> tuple[Tensor, Tensor, Tensor]:
+        """Descriptors ``[B, T, d, h, w]`` to tokens ``[B * T, patches, C]`` and maps at a half and a quarter of the size.
 
-    def forward(self, now: Tensor, before: Tensor, after: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Descriptors ``[N, 32, h, w]``, zeros for a frame that is not known, to ``[N, patches, C], [N, width, h, w]``."""
-        back = self.correlate(now, before)
-        correlation = torch.cat((back, torch.zeros_like(back) if after is None else self.correlate(now, after)), dim=1)
-        found = F.gelu(self.reduce(correlation))
-        found = found + F.gelu(self.mix(found))
-        return self.patch(found).flatten(2).mT, found
+        ``before`` are those of the last frames before the clip. With ``causal`` no frame sees a later one.
+        """
+        frames, reach = clip.shape[1], max(self.steps)
+        none = torch.zeros_like(clip[:, :1]).expand(-1, reach, -1, -1, -1)
+        past = none if before is None else torch.cat((none, before), dim=1)[:, -reach:]
+        around = torch.cat((past, clip, none), dim=1)
+        found = []
+        for step in (*(-s for s in self.steps), *self.steps):
+            if causal and step > 0:
+                found.append(torch.zeros_like(found[0]))
+            else:
+                other = around[:, reach + step : reach + step + frames]
+                found.append(self.correlate(clip.flatten(0, 1), other.flatten(0, 1)))
+        half = F.gelu(self.reduce(torch.cat(found, dim=1)))
+        half = half + F.gelu(self.smooth(half))
+        quarter = F.gelu(self.down(half))
+        quarter = quarter + F.gelu(self.mix(quarter))
+        return self.patch(quarter).flatten(2).mT, half, quarter
 
+    @torch.no_grad()
+    def describe(self, images: Tensor) -> Tensor:
+        """Images ``[N, 3, H, W]`` to unit vectors ``[N, 25, H / 2, W / 2]``: grey neighbourhoods without their mean."""
+        grey = images.to(torch.promote_types(images.dtype, torch.float32)).mean(1, keepdim=True)
+        small = F.avg_pool2d(grey, 2)
+        pad = self.block // 2
+        blocks = F.unfold(F.pad(small, (pad,) * 4, mode="replicate"), self.block)
+        blocks = blocks - blocks.mean(1, keepdim=True)
+        # The constant is the noise of 8-bit colours: a flat neighbourhood matches nothing.
+        return (blocks / (blocks.square().sum(1, keepdim=True) + 1e-3).sqrt()).unflatten(2, small.shape[-2:])
+
+    @torch.no_grad()
+    @torch.autocast("cpu", enabled=False)
     def correlate(self, a: Tensor, b: Tensor) -> Tensor:
-        r, (height, width) = self.radius, a.shape[-2:]
-        b = F.pad(b, (r, r, r, r))
-        shifts = [(y, x) for y in range(2 * r + 1) for x in range(2 * r + 1)]
-        return 4 * torch.stack([(a * b[:, :, y : y + height, x : x + width]).sum(1) for y, x in shifts], dim=1)
+        """``[N, d, h, w]`` twice to products, expected shift (y, x) and greatest product ``[N, shifts + 3, h, w]``.
+
+        In fp32: 16 bits would round sub-pixel motion away.
+        """
+        r, side, (height, width) = self.radius, 2 * self.radius + 1, a.shape[-2:]
+        rows = F.pad(b, (r, r, r, r)).unfold(2, side, 1).permute(0, 2, 1, 4, 3).flatten(3)
+        products = a.permute(0, 2, 3, 1) @ rows  # [N, h, w, side * (w + 2r)]: a band of rows, then its diagonals
+        x = torch.arange(width, device=a.device)[:, None] + torch.arange(side, device=a.device)
+        index = x[:, None].expand(*products.shape[:2], width, side, side)
+        products = products.unflatten(3, (side, -1)).gather(4, index)  # [N, h, w, side, side]
+        weight = (self.sharpness * products.flatten(3)).softmax(-1).view_as(products)
+        shift = torch.arange(-r, r + 1, device=a.device, dtype=a.dtype)
+        y, x = (weight.sum(4) * shift).sum(-1), (weight.sum(3) * shift).sum(-1)
+        extra = torch.stack((y, x, products.flatten(3).amax(-1)), dim=-1)
+        return torch.cat((products.flatten(3), extra), dim=-1).permute(0, 3, 1, 2)
 
 
 class Features(NamedTuple):
@@ -166,7 +204,7 @@ class Aggregator(nn.Module):
         self.depth, self.patch_start_idx = depth, 1 + REGISTERS
         self.patch_embed = PatchEmbed(dim, widths)
         self.patch_size = self.patch_embed.patch_size
-        self.matching = Matching(widths[1], dim)
+        self.matching = Matching(widths, dim)
         self.camera_token = nn.Parameter(torch.randn(1, 2, 1, dim) * 0.02)
         self.register_token = nn.Parameter(torch.randn(1, 2, REGISTERS, dim) * 0.02)
         rope = RoPE2D()
@@ -183,23 +221,20 @@ class Aggregator(nn.Module):
         """Tokens ``[B, T, P, C]``, positions ``[1, P, 2]``, maps; ``past`` belongs to a stream and is updated."""
         batch, frames = images.shape[:2]
         patches, half, quarter = self.patch_embed(images.flatten(0, 1))
-        now = self.matching.describe(quarter).unflatten(0, (batch, frames))
-        none = torch.zeros_like(now[:, :1])
-        first = none if past is None or past.descriptors is None else past.descriptors
-        before = torch.cat((first, now[:, :-1]), dim=1)
-        after = None if causal else torch.cat((now[:, 1:], none), dim=1).flatten(0, 1)
-        moved, found = self.matching(now.flatten(0, 1), before.flatten(0, 1), after)
+        clip = self.matching.describe(images.flatten(0, 1)).unflatten(0, (batch, frames))
+        before = None if past is None else past.descriptors
+        moved, *found = self.matching(clip, before, causal)
         rows, columns = (n // self.patch_size for n in images.shape[-2:])
         special = torch.cat((self.camera_token, self.register_token), dim=2)  # [1, 2, 5, C]
         kind = torch.ones(frames, dtype=torch.long, device=images.device)
-        if past is None or past.descriptors is None:
+        if before is None:
             kind[0] = 0
         if past is not None:
-            past.descriptors = now[:, -1:]
+            past.descriptors = clip if before is None else torch.cat((before, clip), 1)[:, -max(self.matching.steps) :]
         x = torch.cat((special[:, kind].expand(batch, -1, -1, -1), (patches + moved).unflatten(0, (batch, frames))), 2)
         y, z = (torch.arange(n, device=images.device) + 1 for n in (rows, columns))
         pos = F.pad(torch.cartesian_prod(y, z), (0, 0, self.patch_start_idx, 0))[None]
-        return x, pos, half, torch.cat((quarter, found), dim=1)
+        return x, pos, torch.cat((half, found[0]), dim=1), torch.cat((quarter, found[1]), dim=1)
 
     def forward(
         self, images: Tensor, *, causal: bool = False, camera_pass: bool = False, past: Past | None = None
@@ -300,7 +335,7 @@ class DenseHead(nn.Module):
         self.tokens = nn.Linear(2 * dim, 4 * quarter)
         self.coarse_skip = nn.Conv2d(2 * quarter, quarter, 1)
         self.coarse = nn.Conv2d(quarter, quarter, 3, 1, 1)
-        self.fine_skip = nn.Conv2d(half, half, 1)
+        self.fine_skip = nn.Conv2d(2 * half, half, 1)
         self.up = nn.Conv2d(quarter, 4 * half, 1)
         self.fine = nn.Conv2d(half, half, 3, 1, 1)
         self.out = nn.Conv2d(half, 4 * outputs, 3, 1, 1)
@@ -329,7 +364,7 @@ class AlternatingModel(nn.Module):
     """
 
     def __init__(
-        self, dim: int = 192, heads: int = 3, depth: int = 4, trunk: int = 2, widths: tuple[int, int] = (32, 64)
+        self, dim: int = 192, heads: int = 3, depth: int = 4, trunk: int = 1, widths: tuple[int, int] = (48, 96)
     ):
         super().__init__()
         if depth < 2:
