@@ -15,8 +15,7 @@ from gate4d.cli.main import main
 from gate4d.data import Clip
 from gate4d.demo import measure, report
 from gate4d.demo.measure import Curve, Point, Settings, Study
-from gate4d.demo.worker import MemoryMeter
-from gate4d.models.alternating import (
+from gate4d.demo.stack import (
     IMPLEMENTATIONS,
     SPECIAL_TOKENS,
     AlternatingStack,
@@ -25,6 +24,7 @@ from gate4d.models.alternating import (
     gate4d_attention,
     pool_to_patches,
 )
+from gate4d.demo.worker import MemoryMeter
 
 SMALL = {"heads": 2, "head_dim": 8, "patch": 4, "pairs": 2}
 

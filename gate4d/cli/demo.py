@@ -49,7 +49,7 @@ def run(args: argparse.Namespace) -> int:
     from gate4d.data import read_clip, render_clip
     from gate4d.data.clip import fitted_size
     from gate4d.demo import measure, report
-    from gate4d.models.alternating import SPECIAL_TOKENS, frame_difference, pool_to_patches
+    from gate4d.demo.stack import SPECIAL_TOKENS, frame_difference, pool_to_patches
 
     report.check_folder(args.out)
     patch = 14

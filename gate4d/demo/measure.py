@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 from torch import Tensor
 
-from gate4d.models.alternating import IMPLEMENTATIONS
+from gate4d.demo.stack import IMPLEMENTATIONS
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class Settings:
 
     Attributes:
         strength, window, sinks: of the gate and of the frame-causal visibility.
-        model: arguments of :class:`~gate4d.models.alternating.AlternatingStack`.
+        model: arguments of :class:`~gate4d.demo.stack.AlternatingStack`.
         budget: seconds for all implementations together, shared equally among those that still run.
         max_bytes: an implementation stops before a count at which its peak memory is expected to be above.
         repeat_seconds: a count is repeated until this long, five times at most; the median counts.

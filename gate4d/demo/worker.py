@@ -24,7 +24,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from gate4d.models.alternating import IMPLEMENTATIONS, AlternatingStack
+from gate4d.demo.stack import IMPLEMENTATIONS, AlternatingStack
 
 LINUX_METHOD = "peak resident set of a fresh process (VmHWM, reset before each count) minus the resident set before"
 OTHER_METHOD = "peak resident set of a fresh process (ru_maxrss) minus its value after warm-up"

@@ -1,1 +1,5 @@
-"""Models that exercise the attention: none of them is trained."""
+"""Small models of this library, and their weights."""
+
+from .files import MODELS, WeightsError, build, load, metadata, save_weights
+
+__all__ = ["MODELS", "WeightsError", "build", "load", "metadata", "save_weights"]

@@ -1,158 +1,439 @@
-"""A VGGT-shaped alternating-attention stack with random weights, and three ways of computing its gated attention.
+"""A small VGGT-shaped model: attention inside frames and over the clip in turn, with heads for pose, depth and motion.
 
-Tokens of a frame: one camera token, four register tokens, then the patches in row-major order. Blocks alternate
-between attention inside each frame and attention over the clip; both are gated by the tokens' motion scores, and
-the blocks over the clip are causal over frames. The attention is a parameter of the forward pass, so that
-implementations can be compared on the same weights.
+Three ways to run it: over the whole clip, causal over frames (what a stream of frames would give, all at once), and as
+a stream with a cache. After a stream, or beside the causal tokens in one attention call, MoRe's global camera pass
+gives every frame's camera token one look at all frames.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Iterable, Iterator
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gate4d import MotionGate, TokenLayout, Visibility, gated_attention
+from ..nn import FrameKVCache, RoPE2D, SelfAttention
+from ..nn.attention import AttentionControl, split_qkv
+from ..visibility import TokenLayout, Visibility
 
-SPECIAL_TOKENS = 5
-# (q, k, v), each [B, H, N, D], to out [B, H, N, D]
-Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
-# (motion [B, N], visible, strength) to an Attend: what can be shared by the layers is made once a forward pass
-Implementation = Callable[[Tensor, Visibility, float], Attend]
+REGISTERS = 4
 
 
-def gate4d_attention(motion: Tensor, visible: Visibility, strength: float) -> Attend:
-    """The gate applied on the fly: nothing of size N x N exists with the compiled backends."""
-    gate = MotionGate.pairwise(motion, strength=strength)
-    return lambda q, k, v: gated_attention(q, k, v, gate=gate, visible=visible)
+class Attention(SelfAttention):
+    """Self-attention called as VGGT's, ``attn(x, pos)``, which is what ``gate4d.patch`` recognises and replaces."""
+
+    def forward(self, x: Tensor, pos: Tensor | None = None) -> Tensor:
+        return super().forward(x, pos)
+
+    @property
+    def active(self) -> AttentionControl:
+        """Where gates and observers are set at present: this module's control, or that of a patch on it."""
+        patched = self.__dict__.get("forward")
+        return patched if isinstance(patched, AttentionControl) else self.control
+
+    def project(self, x: Tensor, pos: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """``x [B, N, C]`` to q, k, v ``[B, H, N, D]`` after norm and RoPE."""
+        q, k, v = split_qkv(self.qkv(x), self.num_heads)
+        q, k = self.q_norm(q), self.k_norm(k)
+        return (q, k, v) if pos is None else (*self.rope.pair(q, k, pos, pos), v)
+
+    def select(
+        self,
+        x: Tensor,  # [B, N, C]
+        pos: Tensor | None,  # [B or 1, N, 2]
+        *,
+        keys: int | None = None,
+        visible: Visibility | None = None,
+        cache: FrameKVCache | None = None,
+    ) -> Tensor:
+        """``[B, N, C]``, where only the first ``keys`` tokens are seen, as ``visible`` says or through a cache."""
+        q, k, v = self.project(x, pos)
+        k, v = k[:, :, :keys], v[:, :, :keys]
+        return self.proj(self.active.attend(q, k, v, scale=self.scale, visible=visible, cache=cache))
+
+    def look(self, x: Tensor, pos: Tensor | None, cache: FrameKVCache) -> Tensor:
+        """``x [B, N, C]`` attends to what the cache holds, and leaves nothing in it."""
+        q, _, _ = self.project(x, pos)
+        return self.proj(cache.attend(q, scale=self.scale).transpose(1, 2).flatten(2))
 
 
-def dense_bias(motion: Tensor, visible: Visibility, strength: float) -> Tensor:
-    """The gate and the visibility as the papers write them, an additive bias ``[B, 1, N, N]``.
+class LayerScale(nn.Module):
+    def __init__(self, dim: int):
+        super().__init__()
+        self.gamma = nn.Parameter(torch.full((dim,), 0.2))
 
-    ``strength * log(1 - (1 - g_i) g_j)`` where visible, ``-inf`` elsewhere; ``motion`` is ``[B, N]``.
-    """
-    weight = 1 - (1 - motion)[:, :, None] * motion[:, None, :]  # [B, N, N]
-    bias = torch.xlogy(strength, weight)  # 0, not NaN, for strength 0 at a weight of 0
-    if visible.bounds is not None:
-        tokens = motion.shape[1]
-        bias.masked_fill_(~visible.dense(tokens, tokens), -torch.inf)
-    return bias[:, None]
-
-
-def masked_sdpa(motion: Tensor, visible: Visibility, strength: float) -> Attend:
-    """``F.scaled_dot_product_attention`` with the dense bias."""
-    bias = dense_bias(motion, visible, strength)
-    return lambda q, k, v: F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
-
-
-def materialised(motion: Tensor, visible: Visibility, strength: float) -> Attend:
-    """The attention maps of all heads ``[B, H, N, N]`` in memory, as code that reads attention maps has them."""
-    bias = dense_bias(motion, visible, strength)
-
-    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        logits = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
-        return torch.softmax(logits.add_(bias), dim=-1) @ v
-
-    return attend
-
-
-IMPLEMENTATIONS: dict[str, Implementation] = {
-    "maps": materialised,
-    "SDPA + mask": masked_sdpa,
-    "gate4d": gate4d_attention,
-}
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.gamma
 
 
 class Block(nn.Module):
-    """Pre-norm transformer block with q/k normalisation."""
+    """Pre-norm transformer block; ``call`` chooses a method of :class:`Attention`."""
 
-    def __init__(self, dim: int, heads: int):
+    def __init__(self, dim: int, heads: int, *, qk_norm: bool = True, rope: RoPE2D | None = None):
         super().__init__()
-        self.heads = heads
         self.norm1, self.norm2 = nn.LayerNorm(dim), nn.LayerNorm(dim)
-        self.qkv, self.proj = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
-        self.q_norm, self.k_norm = nn.LayerNorm(dim // heads), nn.LayerNorm(dim // heads)
-        self.fc1, self.fc2 = nn.Linear(dim, 4 * dim), nn.Linear(4 * dim, dim)
+        self.attn = Attention(dim, heads, qk_norm=qk_norm, rope=rope)
+        self.mlp = nn.Sequential(nn.Linear(dim, 4 * dim), nn.GELU(), nn.Linear(4 * dim, dim))
+        self.ls1, self.ls2 = LayerScale(dim), LayerScale(dim)
 
-    def forward(self, x: Tensor, attend: Attend) -> Tensor:  # x [B, N, C]
-        q, k, v = self.qkv(self.norm1(x)).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        out = attend(self.q_norm(q), self.k_norm(k), v)  # [B, H, N, D]
-        x = x + self.proj(out.transpose(1, 2).flatten(2))
-        return x + self.fc2(F.gelu(self.fc1(self.norm2(x))))
+    def forward(self, x: Tensor, pos: Tensor | None = None) -> Tensor:
+        return self.finish(x, self.attn(self.norm1(x), pos))
+
+    def select(self, x: Tensor, pos: Tensor | None, **call: Any) -> Tensor:
+        return self.finish(x, self.attn.select(self.norm1(x), pos, **call))
+
+    def look(self, x: Tensor, pos: Tensor | None, cache: FrameKVCache) -> Tensor:
+        return self.finish(x, self.attn.look(self.norm1(x), pos, cache))
+
+    def finish(self, x: Tensor, attended: Tensor) -> Tensor:
+        x = x + self.ls1(attended)
+        return x + self.ls2(self.mlp(self.norm2(x)))
 
 
-class AlternatingStack(nn.Module):
-    """Patch embedding, special tokens, and ``pairs`` of a frame block and a clip block.
+class PatchEmbed(nn.Module):
+    """Three strided convolutions, so that a patch of 8 x 8 pixels keeps detail, and the maps on the way."""
 
-    Args:
-        pairs: VGGT has 24.
-        heads, head_dim: VGGT has 16 of 64.
-        patch: side of a patch in pixels.
-        seed: of the random weights.
+    patch_size = 8
+
+    def __init__(self, dim: int, widths: tuple[int, int]):
+        super().__init__()
+        half, quarter = widths
+        self.fine = nn.Conv2d(3, half, 7, 2, 3)
+        self.coarse = nn.Conv2d(half, quarter, 3, 2, 1)
+        self.mix = nn.Conv2d(quarter, quarter, 3, 1, 1)
+        self.patch = nn.Conv2d(quarter, dim, 3, 2, 1)
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Images ``[N, 3, H, W]`` in [0, 1] to ``[N, patches, C]`` and maps at a half and a quarter of the size."""
+        half = F.gelu(self.fine(images * 4 - 2))
+        quarter = F.gelu(self.coarse(half))
+        quarter = quarter + F.gelu(self.mix(quarter))
+        return self.patch(quarter).flatten(2).mT, half, quarter
+
+
+class Matching(nn.Module):
+    """Local correlation of a frame with the one before it and the one after it, where they are known.
+
+    A model of this size, trained for an hour, does not find correspondences in attention over patches alone; where a
+    pixel went is given to it, whether that was the camera or an object is not.
     """
 
-    def __init__(self, pairs: int = 1, heads: int = 16, head_dim: int = 64, patch: int = 14, seed: int = 0):
-        super().__init__()
-        dim = heads * head_dim
-        self.patch = patch
-        self.embed = nn.Conv2d(3, dim, patch, patch)
-        self.special = nn.Parameter(torch.empty(SPECIAL_TOKENS, dim))
-        self.blocks = nn.ModuleList(Block(dim, heads) for _ in range(2 * pairs))
-        self.norm = nn.LayerNorm(dim)
-        generator = torch.Generator().manual_seed(seed)
-        for parameter in self.parameters():
-            if parameter.dim() > 1:  # fan-in scaling, so that signals neither vanish nor blow up
-                nn.init.normal_(parameter, std=parameter[0].numel() ** -0.5, generator=generator)
-        for module in self.modules():
-            if isinstance(module, (nn.Linear, nn.Conv2d)):
-                nn.init.zeros_(module.bias)
+    radius = 4
 
-    def layout(self, frames: Tensor) -> TokenLayout:
-        """Token layout of frames ``[T, H, W, 3]``."""
-        t, h, w, _ = frames.shape
-        return TokenLayout(t, SPECIAL_TOKENS + (h // self.patch) * (w // self.patch), SPECIAL_TOKENS)
+    def __init__(self, width: int, dim: int):
+        super().__init__()
+        self.project = nn.Conv2d(width, 32, 1)
+        self.reduce = nn.Conv2d(2 * (2 * self.radius + 1) ** 2, width, 1)
+        self.mix = nn.Conv2d(width, width, 3, 1, 1)
+        self.patch = nn.Conv2d(width, dim, 2, 2)
+
+    def describe(self, quarter: Tensor) -> Tensor:
+        """``[N, width, h, w]`` to unit vectors ``[N, 32, h, w]``."""
+        return F.normalize(self.project(quarter), dim=1)
+
+    def forward(self, now: Tensor, before: Tensor, after: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Descriptors ``[N, 32, h, w]``, zeros for a frame that is not known, to ``[N, patches, C], [N, width, h, w]``."""
+        back = self.correlate(now, before)
+        correlation = torch.cat((back, torch.zeros_like(back) if after is None else self.correlate(now, after)), dim=1)
+        found = F.gelu(self.reduce(correlation))
+        found = found + F.gelu(self.mix(found))
+        return self.patch(found).flatten(2).mT, found
+
+    def correlate(self, a: Tensor, b: Tensor) -> Tensor:
+        r, (height, width) = self.radius, a.shape[-2:]
+        b = F.pad(b, (r, r, r, r))
+        shifts = [(y, x) for y in range(2 * r + 1) for x in range(2 * r + 1)]
+        return 4 * torch.stack([(a * b[:, :, y : y + height, x : x + width]).sum(1) for y, x in shifts], dim=1)
+
+
+class Features(NamedTuple):
+    """What the heads read: tokens ``[B, T, P, 2C]``, ``cameras [B, T, C]``, maps ``[B * T, c, h, w]``."""
+
+    tokens: Tensor
+    cameras: Tensor
+    global_cameras: Tensor | None
+    half: Tensor
+    quarter: Tensor
+
+
+class Aggregator(nn.Module):
+    """Tokens of a frame: a camera token, four registers, then the patches; the first frame has specials of its own."""
+
+    def __init__(self, dim: int, heads: int, depth: int, widths: tuple[int, int]):
+        super().__init__()
+        self.depth, self.patch_start_idx = depth, 1 + REGISTERS
+        self.patch_embed = PatchEmbed(dim, widths)
+        self.patch_size = self.patch_embed.patch_size
+        self.matching = Matching(widths[1], dim)
+        self.camera_token = nn.Parameter(torch.randn(1, 2, 1, dim) * 0.02)
+        self.register_token = nn.Parameter(torch.randn(1, 2, REGISTERS, dim) * 0.02)
+        rope = RoPE2D()
+        self.frame_blocks = nn.ModuleList(Block(dim, heads, rope=rope) for _ in range(depth))
+        self.global_blocks = nn.ModuleList(Block(dim, heads, rope=rope) for _ in range(depth))
+        self.norm = nn.LayerNorm(2 * dim)
+
+    def layout(self, images: Tensor) -> TokenLayout:
+        """Token layout of a clip ``[B, T, 3, H, W]``."""
+        patches = (images.shape[-2] // self.patch_size) * (images.shape[-1] // self.patch_size)
+        return TokenLayout(images.shape[1], self.patch_start_idx + patches, self.patch_start_idx)
+
+    def embed(self, images: Tensor, past: Past | None = None, causal: bool = False) -> tuple[Tensor, ...]:
+        """Tokens ``[B, T, P, C]``, positions ``[1, P, 2]``, maps; ``past`` belongs to a stream and is updated."""
+        batch, frames = images.shape[:2]
+        patches, half, quarter = self.patch_embed(images.flatten(0, 1))
+        now = self.matching.describe(quarter).unflatten(0, (batch, frames))
+        none = torch.zeros_like(now[:, :1])
+        first = none if past is None or past.descriptors is None else past.descriptors
+        before = torch.cat((first, now[:, :-1]), dim=1)
+        after = None if causal else torch.cat((now[:, 1:], none), dim=1).flatten(0, 1)
+        moved, found = self.matching(now.flatten(0, 1), before.flatten(0, 1), after)
+        rows, columns = (n // self.patch_size for n in images.shape[-2:])
+        special = torch.cat((self.camera_token, self.register_token), dim=2)  # [1, 2, 5, C]
+        kind = torch.ones(frames, dtype=torch.long, device=images.device)
+        if past is None or past.descriptors is None:
+            kind[0] = 0
+        if past is not None:
+            past.descriptors = now[:, -1:]
+        x = torch.cat((special[:, kind].expand(batch, -1, -1, -1), (patches + moved).unflatten(0, (batch, frames))), 2)
+        y, z = (torch.arange(n, device=images.device) + 1 for n in (rows, columns))
+        pos = F.pad(torch.cartesian_prod(y, z), (0, 0, self.patch_start_idx, 0))[None]
+        return x, pos, half, torch.cat((quarter, found), dim=1)
 
     def forward(
-        self,
-        frames: Tensor,  # [T, H, W, 3] uint8
-        motion: Tensor,  # [T, patches] in [0, 1]
-        implementation: Implementation,
-        *,
-        strength: float = 1.0,
-        window: int | None = None,
-        sinks: int = 0,
-    ) -> Tensor:
-        """Tokens ``[T, tokens per frame, C]`` after the last block."""
-        layout = self.layout(frames)
-        images = frames.permute(0, 3, 1, 2).to(self.special.dtype) / 127.5 - 1
-        x = self.embed(images).flatten(2).transpose(1, 2)  # [T, patches, C]
-        x = torch.cat((self.special.expand(layout.frames, -1, -1), x), dim=1)
-        scores = layout.token_scores(motion[None])  # [1, N]
-        in_frame = implementation(scores.view(layout.frames, -1), Visibility.full(), strength)
-        causal = Visibility.frame_causal(layout, window=window, sinks=sinks)
-        over_clip = implementation(scores, causal, strength)
-        for frame_block, clip_block in zip(self.blocks[::2], self.blocks[1::2], strict=True):
-            x = frame_block(x, in_frame)
-            x = clip_block(x.flatten(0, 1)[None], over_clip).view_as(x)
-        return self.norm(x)
+        self, images: Tensor, *, causal: bool = False, camera_pass: bool = False, past: Past | None = None
+    ) -> Features:
+        """Images ``[B, T, 3, H, W]`` in [0, 1]; with ``past``, one frame of a stream."""
+        x, pos, half, quarter = self.embed(images, past, causal or past is not None)
+        batch, frames, size, _ = x.shape
+        layout = self.layout(images)
+        visible, pos_all = None, pos.repeat(1, frames, 1)
+        if causal and past is None:
+            visible = Visibility.frame_causal(layout)
+        if camera_pass:  # the copies come last, see everything, and are seen by nobody
+            pos_all = torch.cat((pos_all, pos[:, :1].expand(-1, frames, -1)), dim=1)
+            visible = with_global_rows(layout, causal)
+        copies = x[:, :, 0] if camera_pass else None
+        kept = []
+        for i in range(self.depth):
+            camera = x[:, :, 0]
+            x = self.frame_blocks[i](x.flatten(0, 1), pos).unflatten(0, (batch, frames))
+            step = x[:, :, 0] - camera
+            if past is not None:
+                past.steps[i].append(step)
+            x, block = x.flatten(1, 2), self.global_blocks[i]
+            if camera_pass:
+                x = block.select(torch.cat((x, copies + step), 1), pos_all, keys=frames * size, visible=visible)
+                x, copies = x[:, : frames * size], x[:, frames * size :]
+            elif past is not None:
+                x = block.select(x, pos_all, cache=past.caches[i])
+            elif visible is not None:
+                x = block.select(x, pos_all, visible=visible)
+            else:
+                x = block(x, pos_all)
+            x = x.unflatten(1, (frames, size))
+            if i in (self.depth // 2 - 1, self.depth - 1):
+                kept.append(x)
+        tokens = self.norm(torch.cat((kept[0], kept[-1]), dim=-1))
+        return Features(tokens, x[:, :, 0], copies, half, quarter)
+
+    def camera_pass(self, past: Past, start: Tensor) -> Tensor:
+        """The copies' tokens ``[B, T, C]`` from what a stream left behind."""
+        copies = start
+        pos = torch.zeros((1, copies.shape[1], 2), dtype=torch.long, device=copies.device)
+        for i, block in enumerate(self.global_blocks):
+            copies = block.look(copies + torch.cat(past.steps[i], dim=1), pos, past.caches[i])
+        return copies
 
 
-def pool_to_patches(scores: Tensor, patch: int) -> Tensor:
-    """Mean of pixel scores ``[T, H, W]`` over each patch: ``[T, patches]``, row-major."""
-    return F.avg_pool2d(scores.float()[:, None], patch).flatten(1)
+def with_global_rows(layout: TokenLayout, causal: bool) -> Visibility:
+    """The clip's queries, causal over frames or not, followed by one query a frame that sees every key."""
+    tokens = layout.num_tokens
+    bounds = torch.tensor([0, tokens, 0], dtype=torch.int32)[None, :, None].repeat(1, 1, tokens + layout.frames)
+    if causal:
+        bounds[:, :, :tokens] = Visibility.frame_causal(layout).bounds
+    return Visibility(bounds, tokens, tokens)
 
 
-def frame_difference(frames: Tensor, patch: int) -> Tensor:
-    """A cheap motion cue for clips without a true mask: ``[T, patches]`` in [0, 1] from frames ``[T, H, W, 3]``.
+class Past:
+    """What a stream keeps of the frames before: caches of keys and values, and a vector a frame for the camera pass."""
 
-    The smaller of the mean absolute differences to the previous and to the next frame, scaled so that the median
-    patch of a frame gets 0 and the 98th percentile 1. It answers to camera motion, shadows and flicker as well.
+    def __init__(self, depth: int, trunk: int, window: int | None, anchors: int):
+        self.caches = [FrameKVCache(window, anchors=anchors) for _ in range(depth)]
+        self.trunk = [FrameKVCache(window, anchors=anchors) for _ in range(trunk)]
+        self.descriptors: Tensor | None = None
+        self.steps: list[list[Tensor]] = [[] for _ in range(depth)]  # what each frame block added to the camera token
+
+
+class CameraHead(nn.Module):
+    """Attention over the frames' camera tokens, then a pose encoding for each."""
+
+    def __init__(self, dim: int, heads: int, depth: int):
+        super().__init__()
+        self.trunk_depth = depth
+        self.token_norm, self.trunk_norm = nn.LayerNorm(dim), nn.LayerNorm(dim)
+        self.trunk = nn.ModuleList(Block(dim, heads, qk_norm=False) for _ in range(depth))
+        self.pose = nn.Sequential(nn.Linear(dim, dim), nn.GELU(), nn.Linear(dim, 9))
+
+    def forward(self, tokens: Tensor, causal: bool = False, caches: list[FrameKVCache] | None = None) -> Tensor:
+        """Camera tokens ``[B, T, C]`` to ``[B, T, 9]``."""
+        x = self.token_norm(tokens)
+        visible = Visibility.frame_causal(TokenLayout(x.shape[1], 1)) if causal else None
+        for i, block in enumerate(self.trunk):
+            if caches is not None:
+                x = block.select(x, None, cache=caches[i])
+            else:
+                x = block(x) if visible is None else block.select(x, None, visible=visible)
+        raw = self.pose(self.trunk_norm(x)).float()
+        still = raw.new_tensor((0.0, 0.0, 0.0, 1.0))
+        quaternion = F.normalize(raw[..., 3:7] + still, dim=-1)
+        return torch.cat((raw[..., :3], quaternion, torch.pi * torch.sigmoid(raw[..., 7:] - 0.5)), dim=-1)
+
+
+class DenseHead(nn.Module):
+    """Tokens to pixels in three steps of pixel shuffling, with the maps of the patch embedding beside them."""
+
+    def __init__(self, dim: int, widths: tuple[int, int], outputs: int):
+        super().__init__()
+        half, quarter = widths
+        self.tokens = nn.Linear(2 * dim, 4 * quarter)
+        self.coarse_skip = nn.Conv2d(2 * quarter, quarter, 1)
+        self.coarse = nn.Conv2d(quarter, quarter, 3, 1, 1)
+        self.fine_skip = nn.Conv2d(half, half, 1)
+        self.up = nn.Conv2d(quarter, 4 * half, 1)
+        self.fine = nn.Conv2d(half, half, 3, 1, 1)
+        self.out = nn.Conv2d(half, 4 * outputs, 3, 1, 1)
+
+    def forward(self, features: Features, start: int) -> Tensor:
+        """``[B, T, outputs, H, W]``; patches begin at token ``start``."""
+        batch, frames = features.tokens.shape[:2]
+        rows, columns = (n // 2 for n in features.quarter.shape[-2:])
+        x = self.tokens(features.tokens[:, :, start:]).flatten(0, 1).mT.unflatten(2, (rows, columns))
+        x = F.gelu(F.pixel_shuffle(x, 2) + self.coarse_skip(features.quarter))
+        x = F.gelu(x + self.coarse(x))
+        x = F.gelu(F.pixel_shuffle(self.up(x), 2) + self.fine_skip(features.half))
+        x = F.gelu(x + self.fine(x))
+        return F.pixel_shuffle(self.out(x), 2).float().unflatten(0, (batch, frames))
+
+
+class AlternatingModel(nn.Module):
+    """VGGT's shape at a thousandth of its work.
+
+    Args:
+        dim: features C of a token; heads have ``dim / heads`` of them.
+        heads: attention heads.
+        depth: frame blocks, and as many global blocks.
+        trunk: blocks of the camera head.
+        widths: channels of the maps at a half and a quarter of the image size.
     """
-    gray = frames.float().mean(-1)
-    step = pool_to_patches((gray[1:] - gray[:-1]).abs(), patch)  # [T - 1, patches]
-    change = torch.minimum(torch.cat((step[:1], step)), torch.cat((step, step[-1:])))
-    low, high = change.quantile(0.5, 1, keepdim=True), change.quantile(0.98, 1, keepdim=True)
-    return ((change - low) / (high - low).clamp(min=1e-6)).clamp(0, 1)
+
+    def __init__(
+        self, dim: int = 192, heads: int = 3, depth: int = 4, trunk: int = 2, widths: tuple[int, int] = (32, 64)
+    ):
+        super().__init__()
+        if depth < 2:
+            raise ValueError(f"depth must be at least 2, got {depth}.")
+        widths = (int(widths[0]), int(widths[1]))
+        self.config = {"dim": dim, "heads": heads, "depth": depth, "trunk": trunk, "widths": list(widths)}
+        self.aggregator = Aggregator(dim, heads, depth, widths)
+        self.camera_head = CameraHead(dim, heads, trunk)
+        self.depth_head = DenseHead(dim, widths, 2)
+        self.motion_head = DenseHead(dim, widths, 1)
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.trunc_normal_(module.weight, std=0.02)
+                nn.init.zeros_(module.bias)
+
+    def forward(self, images: Tensor, causal: bool = False, camera_pass: bool = False) -> dict[str, Tensor]:
+        """Predictions for a clip.
+
+        Args:
+            images: ``[B, T, 3, H, W]`` in [0, 1]; H and W are multiples of 8.
+            causal: every frame sees itself and earlier frames only, as in :meth:`stream`.
+            camera_pass: adds ``"global_pose_enc"``, from copies of the camera tokens that see all frames.
+
+        Returns:
+            ``pose_enc [B, T, 9]`` (see :mod:`gate4d.models.geometry`), ``depth [B, T, H, W, 1]`` > 0 in units of the
+            first frame's mean depth, ``depth_conf [B, T, H, W]`` >= 1, ``motion [B, T, H, W]`` logits (> 0: moving)
+            and ``images``.
+
+        Raises:
+            ValueError: the images are not a clip, or do not divide into patches.
+        """
+        self._check(images)
+        features = self.aggregator(images, causal=causal, camera_pass=camera_pass)
+        out = self._dense(features, images)
+        out["pose_enc"] = self.camera_head(features.cameras, causal)
+        if camera_pass:
+            out["global_pose_enc"] = self.camera_head(features.global_cameras)
+        return out
+
+    def stream(self, frames: Iterable[Tensor], window: int | None = None, anchors: int = 0) -> Stream:
+        """Predictions frame by frame, causal: those of ``forward(..., causal=True)`` without a window.
+
+        Args:
+            frames: images ``[3, H, W]`` or ``[B, 3, H, W]`` in [0, 1], or a clip ``[B, T, 3, H, W]``.
+            window: frames kept, the current one included; None keeps all.
+            anchors: leading frames kept beside the window.
+        """
+        return Stream(self, frames, window, anchors)
+
+    def _dense(self, features: Features, images: Tensor) -> dict[str, Tensor]:
+        start = self.aggregator.patch_start_idx
+        depth, confidence = self.depth_head(features, start).unbind(2)
+        return {
+            "depth": depth.clamp(-8, 8).exp()[..., None],
+            "depth_conf": 1 + confidence.clamp(max=8).exp(),
+            "motion": self.motion_head(features, start).squeeze(2),
+            "images": images,
+        }
+
+    def _check(self, images: Tensor) -> None:
+        side = self.aggregator.patch_size
+        if images.dim() != 5 or images.shape[2] != 3 or not images.is_floating_point() or not images.numel():
+            raise ValueError(f"images must be floating point [B, T, 3, H, W], got {images.dtype} {list(images.shape)}.")
+        if images.shape[3] % side or images.shape[4] % side:
+            raise ValueError(f"images must have sides that are multiples of {side}, got {list(images.shape)}.")
+
+
+class Stream(Iterator[dict[str, Tensor]]):
+    """Iterates over a stream's predictions, ``[B, 1, ...]`` each as in :meth:`AlternatingModel.forward`.
+
+    Attributes:
+        past: the caches.
+    """
+
+    def __init__(self, model: AlternatingModel, frames: Iterable[Tensor], window: int | None, anchors: int):
+        self.model = model
+        clip = isinstance(frames, Tensor) and frames.dim() == 5
+        self.frames = iter(frames.unbind(1) if clip else frames)
+        self.past = Past(model.aggregator.depth, model.camera_head.trunk_depth, window, anchors)
+        self.seen = 0
+
+    @torch.no_grad()
+    def __next__(self) -> dict[str, Tensor]:
+        image = next(self.frames)
+        images = (image[None] if image.dim() == 3 else image)[:, None]
+        self.model._check(images)
+        features = self.model.aggregator(images, past=self.past)
+        out = self.model._dense(features, images)
+        out["pose_enc"] = self.model.camera_head(features.cameras, caches=self.past.trunk)
+        self.seen += 1
+        return out
+
+    @torch.no_grad()
+    def camera_pass(self) -> Tensor:
+        """MoRe's global pass: ``pose_enc [B, T, 9]`` of the frames so far, each from one look at all that is cached.
+
+        Raises:
+            ValueError: no frame was read yet.
+        """
+        if not self.seen:
+            raise ValueError("camera_pass needs at least 1 frame: iterate over the stream first.")
+        aggregator = self.model.aggregator
+        kind = torch.ones(self.seen, dtype=torch.long)
+        kind[0] = 0
+        batch = self.past.steps[0][0].shape[0]
+        start = aggregator.camera_token[:, kind, 0].expand(batch, -1, -1)
+        return self.model.camera_head(aggregator.camera_pass(self.past, start))
