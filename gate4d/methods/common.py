@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from ..integrations.table import AttentionRow
 
 
-def require_family(method: str, rows: Iterable[AttentionRow], family: str) -> None:
-    """ValueError unless there are rows, all of the family."""
+def require_family(method: str, rows: Iterable[AttentionRow], *families: str) -> None:
+    """ValueError unless there are rows, all of one of the families."""
     found = sorted({row.family for row in rows})
-    if found != [family]:
-        raise ValueError(f"method {method!r} needs a model of the family {family}, found {found}.")
+    if len(found) != 1 or found[0] not in families:
+        raise ValueError(f"method {method!r} needs a model of the family {' or '.join(families)}, found {found}.")
 
 
 def require_parts(method: str, owner: nn.Module, names: Iterable[str]) -> None:
@@ -39,18 +39,10 @@ def recurrent_views(frames: Any, *, device: torch.device) -> Iterator[dict[str, 
     size, number = None, -1
     for number, frame in enumerate(frames):
         view = dict(frame) if isinstance(frame, dict) else {"img": frame}
-        image = view.get("img")
-        if not isinstance(image, Tensor) or not image.is_floating_point():
-            what = f"a {image.dtype} tensor" if isinstance(image, Tensor) else type(image).__name__
-            raise TypeError(f"frame {number} must be a floating-point image or a view dict with one, got {what}.")
+        image = _image(number, view.get("img"), " or a view dict with one")
         if not isinstance(frame, dict):
-            image = image[None] if image.dim() == 3 else image
             view["img"] = image = image.to(device) * 2 - 1
-        if image.dim() != 4 or image.shape[1] != 3:
-            raise ValueError(f"frame {number} must have shape [3, H, W] or [B, 3, H, W], got {list(image.shape)}.")
-        if size is not None and image.shape != size:
-            raise ValueError(f"all frames must have one size; frame {number} is {list(image.shape)}, not {list(size)}.")
-        size = image.shape
+        size = _same_size(number, image, size)
         batch, _, height, width = size
         yes, no = (torch.full((batch,), b, dtype=torch.bool, device=image.device) for b in (True, False))
         defaults = {
@@ -62,6 +54,51 @@ def recurrent_views(frames: Any, *, device: torch.device) -> Iterator[dict[str, 
         yield {**defaults, **view}
     if number < 0:
         raise ValueError("frames must hold at least 1 frame, got none.")
+
+
+def stream_images(
+    frames: Any, patch: int, *, device: torch.device, dtype: torch.dtype, one_size: bool = False
+) -> Iterator[Tensor]:
+    """Images ``[B, 3, H, W]`` of a stream, one by one.
+
+    Args:
+        frames: images ``[T, 3, H, W]`` or ``[B, T, 3, H, W]`` in [0, 1], or an iterable (a generator too) of images
+            ``[3, H, W]`` or ``[B, 3, H, W]``.
+        patch: the sides are multiples of it.
+        one_size: whether all must have the size of the first.
+
+    Raises:
+        TypeError: something in it is no floating-point image.
+        ValueError: an image does not fit, or there is no frame.
+    """
+    size, number = None, -1
+    for number, frame in enumerate(frames.unbind(1) if isinstance(frames, Tensor) and frames.dim() == 5 else frames):
+        image = _image(number, frame)
+        if not image.numel() or image.shape[2] % patch or image.shape[3] % patch:
+            raise ValueError(
+                f"frame {number} must have sides that are multiples of {patch} pixels, got {list(image.shape)}."
+            )
+        size = _same_size(number, image, size) if one_size else size
+        yield image.to(device, dtype)
+    if number < 0:
+        raise ValueError("frames must hold at least 1 frame, got none.")
+
+
+def _image(number: int, image: Any, more: str = "") -> Tensor:
+    """``[3, H, W]`` or ``[B, 3, H, W]`` as the latter."""
+    if not isinstance(image, Tensor) or not image.is_floating_point():
+        what = f"a {image.dtype} tensor" if isinstance(image, Tensor) else type(image).__name__
+        raise TypeError(f"frame {number} must be a floating-point image{more}, got {what}.")
+    image = image[None] if image.dim() == 3 else image
+    if image.dim() != 4 or image.shape[1] != 3:
+        raise ValueError(f"frame {number} must have shape [3, H, W] or [B, 3, H, W], got {list(image.shape)}.")
+    return image
+
+
+def _same_size(number: int, image: Tensor, size: torch.Size | None) -> torch.Size:
+    if size is not None and image.shape != size:
+        raise ValueError(f"all frames must have one size; frame {number} is {list(image.shape)}, not {list(size)}.")
+    return image.shape
 
 
 def recurrent_steps(
