@@ -114,11 +114,11 @@ class PatchEmbed(nn.Module):
 
 
 class Matching(nn.Module):
-    """Block matching of a frame with those 1 and 3 before it and after it, where they are known.
+    """What changed between a frame and those 1 and 3 before and after it, where they are known.
 
-    Normalised cross-correlation of 5 x 5 neighbourhoods at half the size, for shifts of up to 8 pixels. A model of this
-    size, trained for an hour, does not come to find correspondences by attention over patches; where a pixel went is
-    given to it, whether the camera or an object moved is not.
+    Differences of the images, and block matching: normalised cross-correlation of 5 x 5 neighbourhoods at half the size,
+    for shifts of up to 8 pixels. A model of this size, trained for an hour, does not come to find correspondences by
+    attention over patches; where a pixel went is given to it, whether the camera or an object moved is not.
     """
 
     radius, block, sharpness = 4, 5, 30.0
@@ -127,29 +127,36 @@ class Matching(nn.Module):
     def __init__(self, widths: tuple[int, int], dim: int):
         super().__init__()
         half, quarter = widths
-        self.reduce = nn.Conv2d(2 * len(self.steps) * ((2 * self.radius + 1) ** 2 + 3), half, 1)
+        others = 2 * len(self.steps)
+        self.change = nn.Conv2d(3 * others, half, 7, 2, 3)
+        self.shift = nn.Conv2d(others * ((2 * self.radius + 1) ** 2 + 3), half, 1)
         self.smooth = nn.Conv2d(half, half, 3, 1, 1)
         self.down = nn.Conv2d(half, quarter, 3, 2, 1)
         self.mix = nn.Conv2d(quarter, quarter, 3, 1, 1)
         self.patch = nn.Conv2d(quarter, dim, 2, 2)
 
-    def forward(self, clip: Tensor, before: Tensor | None, causal: bool) -> tuple[Tensor, Tensor, Tensor]:
-        """Descriptors ``[B, T, d, h, w]`` to tokens ``[B * T, patches, C]`` and maps at a half and a quarter of the size.
+    def forward(self, images: Tensor, before: Tensor | None, causal: bool) -> tuple[Tensor, Tensor, Tensor]:
+        """Images ``[B, T, 3, H, W]`` to tokens ``[B * T, patches, C]`` and maps at a half and a quarter of the size.
 
-        ``before`` are those of the last frames before the clip. With ``causal`` no frame sees a later one.
+        ``before [B, n, 3, H, W]`` are the last frames before the clip. With ``causal`` no frame sees a later one.
         """
-        frames, reach = clip.shape[1], max(self.steps)
-        none = torch.zeros_like(clip[:, :1]).expand(-1, reach, -1, -1, -1)
-        past = none if before is None else torch.cat((none, before), dim=1)[:, -reach:]
-        around = torch.cat((past, clip, none), dim=1)
-        found = []
+        clip = images if before is None else torch.cat((before, images), dim=1)
+        frames, skipped = clip.shape[1], clip.shape[1] - images.shape[1]
+        described = self.describe(clip.flatten(0, 1)).unflatten(0, clip.shape[:2])
+        numbers = torch.arange(skipped, frames, device=images.device)
+        changes, shifts = [], []
         for step in (*(-s for s in self.steps), *self.steps):
+            other = numbers + step
+            at = other.clamp(0, frames - 1)
+            seen = (other == at) & (step < 0 or not causal)
+            known = seen.to(images.dtype)[:, None, None, None]
+            changes.append(((clip[:, at] - images) * known).flatten(0, 1))
             if causal and step > 0:
-                found.append(torch.zeros_like(found[0]))
-            else:
-                other = around[:, reach + step : reach + step + frames]
-                found.append(self.correlate(clip.flatten(0, 1), other.flatten(0, 1)))
-        half = F.gelu(self.reduce(torch.cat(found, dim=1)))
+                shifts.append(torch.zeros_like(shifts[0]))
+                continue
+            found = self.correlate(described[:, skipped:].flatten(0, 1), described[:, at].flatten(0, 1))
+            shifts.append((found.unflatten(0, images.shape[:2]) * known).flatten(0, 1))
+        half = F.gelu(self.change(4 * torch.cat(changes, dim=1)) + self.shift(torch.cat(shifts, dim=1)))
         half = half + F.gelu(self.smooth(half))
         quarter = F.gelu(self.down(half))
         quarter = quarter + F.gelu(self.mix(quarter))
@@ -221,16 +228,15 @@ class Aggregator(nn.Module):
         """Tokens ``[B, T, P, C]``, positions ``[1, P, 2]``, maps; ``past`` belongs to a stream and is updated."""
         batch, frames = images.shape[:2]
         patches, half, quarter = self.patch_embed(images.flatten(0, 1))
-        clip = self.matching.describe(images.flatten(0, 1)).unflatten(0, (batch, frames))
-        before = None if past is None else past.descriptors
-        moved, *found = self.matching(clip, before, causal)
+        before = None if past is None else past.images
+        moved, *found = self.matching(images, before, causal)
         rows, columns = (n // self.patch_size for n in images.shape[-2:])
         special = torch.cat((self.camera_token, self.register_token), dim=2)  # [1, 2, 5, C]
         kind = torch.ones(frames, dtype=torch.long, device=images.device)
         if before is None:
             kind[0] = 0
         if past is not None:
-            past.descriptors = clip if before is None else torch.cat((before, clip), 1)[:, -max(self.matching.steps) :]
+            past.images = images if before is None else torch.cat((before, images), 1)[:, -max(self.matching.steps) :]
         x = torch.cat((special[:, kind].expand(batch, -1, -1, -1), (patches + moved).unflatten(0, (batch, frames))), 2)
         y, z = (torch.arange(n, device=images.device) + 1 for n in (rows, columns))
         pos = F.pad(torch.cartesian_prod(y, z), (0, 0, self.patch_start_idx, 0))[None]
@@ -297,7 +303,7 @@ class Past:
     def __init__(self, depth: int, trunk: int, window: int | None, anchors: int):
         self.caches = [FrameKVCache(window, anchors=anchors) for _ in range(depth)]
         self.trunk = [FrameKVCache(window, anchors=anchors) for _ in range(trunk)]
-        self.descriptors: Tensor | None = None
+        self.images: Tensor | None = None  # the last few
         self.steps: list[list[Tensor]] = [[] for _ in range(depth)]  # what each frame block added to the camera token
 
 
@@ -364,7 +370,7 @@ class AlternatingModel(nn.Module):
     """
 
     def __init__(
-        self, dim: int = 192, heads: int = 3, depth: int = 4, trunk: int = 1, widths: tuple[int, int] = (48, 96)
+        self, dim: int = 192, heads: int = 3, depth: int = 4, trunk: int = 2, widths: tuple[int, int] = (32, 64)
     ):
         super().__init__()
         if depth < 2:

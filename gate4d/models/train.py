@@ -14,10 +14,9 @@ import argparse
 import csv
 import json
 import os
-import shutil
+import shlex
 import sys
 import time
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -64,7 +63,7 @@ class Config:
     seed: int = 0
     size: tuple[int, int] = (64, 80)
     batch_frames: int = 16
-    lengths: tuple[int, ...] = (4, 4, 8, 8, 16)
+    lengths: tuple[int, ...] = (4, 8, 12)
     causal: float = 0.6
     forcing: bool = True
     lr: float = 1e-3
@@ -261,7 +260,7 @@ class Training:
         if not bool(torch.isfinite(loss + norm)):
             what = {name: round(float(x), 4) for name, x in terms.items()}
             raise TrainingDiverged(
-                f"loss {float(loss):g}, gradient norm {float(norm):g} at step {self.step} (terms {what}); "
+                f"loss {float(loss.detach()):g}, gradient norm {float(norm):g} at step {self.step} (terms {what}); "
                 f"the last good checkpoint is {self.checkpoint}."
             )
         self.optimizer.step()
@@ -437,7 +436,8 @@ def main(argv: list[str] | None = None) -> None:
     except TrainingDiverged as e:
         sys.exit(f"TrainingDiverged: {e}")
     if args.export is not None:
-        training.export(args.export)
+        command = ["python", "-m", "gate4d.models.train", *(sys.argv[1:] if argv is None else argv)]
+        training.export(args.export, command=shlex.join(command), seed=str(config.seed))
 
 
 if __name__ == "__main__":
