@@ -327,9 +327,10 @@ class CameraHead(nn.Module):
             else:
                 x = block(x) if visible is None else block.select(x, None, visible=visible)
         raw = self.pose(self.trunk_norm(x)).float()
-        still = raw.new_tensor((0.0, 0.0, 0.0, 1.0))
-        quaternion = F.normalize(raw[..., 3:7] + still, dim=-1)
-        return torch.cat((raw[..., :3], quaternion, torch.pi * torch.sigmoid(raw[..., 7:] - 0.5)), dim=-1)
+        # Cameras move by hundredths of a clip's unit: at full scale the optimiser's steps alone would be larger.
+        move, turn, field = raw.split((3, 4, 2), dim=-1)
+        quaternion = F.normalize(0.05 * turn + raw.new_tensor((0.0, 0.0, 0.0, 1.0)), dim=-1)
+        return torch.cat((0.05 * move, quaternion, torch.pi * torch.sigmoid(field - 0.5)), dim=-1)
 
 
 class DenseHead(nn.Module):

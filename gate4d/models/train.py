@@ -96,7 +96,7 @@ class Config:
 
 def recipe(config: Config) -> MoreRecipe:
     """The terms of the loss and their weights."""
-    standard = MoreRecipe(pose=2.0, rotation=4.0, translation=6.0, depth=1.0, motion=4.0)
+    standard = MoreRecipe(pose=2.0, rotation=20.0, translation=30.0, depth=1.0, motion=4.0)
     return standard if config.forcing else replace(standard, forcing=0.0)
 
 
