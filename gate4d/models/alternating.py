@@ -135,27 +135,33 @@ class Matching(nn.Module):
         self.mix = nn.Conv2d(quarter, quarter, 3, 1, 1)
         self.patch = nn.Conv2d(quarter, dim, 2, 2)
 
-    def forward(self, images: Tensor, before: Tensor | None, causal: bool) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(
+        self, images: Tensor, before: Tensor | None, causal: bool, known: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Images ``[B, T, 3, H, W]`` to tokens ``[B * T, patches, C]`` and maps at a half and a quarter of the size.
 
-        ``before [B, n, 3, H, W]`` are the last frames before the clip. With ``causal`` no frame sees a later one.
+        ``before [B, n, 3, H, W]`` are the last frames before the clip, those that count are ``known [B, n]`` (None:
+        all). With ``causal`` no frame sees a later one.
         """
         clip = images if before is None else torch.cat((before, images), dim=1)
         frames, skipped = clip.shape[1], clip.shape[1] - images.shape[1]
         described = self.describe(clip.flatten(0, 1)).unflatten(0, clip.shape[:2])
         numbers = torch.arange(skipped, frames, device=images.device)
+        exists = torch.ones((len(clip), frames), dtype=torch.bool, device=images.device)
+        if known is not None:
+            exists[:, :skipped] = known
         changes, shifts = [], []
         for step in (*(-s for s in self.steps), *self.steps):
             other = numbers + step
             at = other.clamp(0, frames - 1)
-            seen = (other == at) & (step < 0 or not causal)
-            known = seen.to(images.dtype)[:, None, None, None]
-            changes.append(((clip[:, at] - images) * known).flatten(0, 1))
+            seen = (other == at) & (step < 0 or not causal) & exists[:, at]
+            seen = seen.to(images.dtype)[:, :, None, None, None]
+            changes.append(((clip[:, at] - images) * seen).flatten(0, 1))
             if causal and step > 0:
                 shifts.append(torch.zeros_like(shifts[0]))
                 continue
             found = self.correlate(described[:, skipped:].flatten(0, 1), described[:, at].flatten(0, 1))
-            shifts.append((found.unflatten(0, images.shape[:2]) * known).flatten(0, 1))
+            shifts.append((found.unflatten(0, images.shape[:2]) * seen).flatten(0, 1))
         half = F.gelu(self.change(4 * torch.cat(changes, dim=1)) + self.shift(torch.cat(shifts, dim=1)))
         half = half + F.gelu(self.smooth(half))
         quarter = F.gelu(self.down(half))
@@ -403,7 +409,7 @@ class AlternatingModel(nn.Module):
         Raises:
             ValueError: the images are not a clip, or do not divide into patches.
         """
-        self._check(images)
+        check_clip(images, self.aggregator.patch_size)
         features = self.aggregator(images, causal=causal, camera_pass=camera_pass)
         out = self._dense(features, images)
         out["pose_enc"] = self.camera_head(features.cameras, causal)
@@ -431,12 +437,13 @@ class AlternatingModel(nn.Module):
             "images": images,
         }
 
-    def _check(self, images: Tensor) -> None:
-        side = self.aggregator.patch_size
-        if images.dim() != 5 or images.shape[2] != 3 or not images.is_floating_point() or not images.numel():
-            raise ValueError(f"images must be floating point [B, T, 3, H, W], got {images.dtype} {list(images.shape)}.")
-        if images.shape[3] % side or images.shape[4] % side:
-            raise ValueError(f"images must have sides that are multiples of {side}, got {list(images.shape)}.")
+
+def check_clip(images: Tensor, side: int) -> None:
+    """ValueError unless ``images`` are floating point ``[B, T, 3, H, W]`` with sides that ``side`` divides."""
+    if images.dim() != 5 or images.shape[2] != 3 or not images.is_floating_point() or not images.numel():
+        raise ValueError(f"images must be floating point [B, T, 3, H, W], got {images.dtype} {list(images.shape)}.")
+    if images.shape[3] % side or images.shape[4] % side:
+        raise ValueError(f"images must have sides that are multiples of {side}, got {list(images.shape)}.")
 
 
 class Stream(Iterator[dict[str, Tensor]]):
@@ -457,7 +464,7 @@ class Stream(Iterator[dict[str, Tensor]]):
     def __next__(self) -> dict[str, Tensor]:
         image = next(self.frames)
         images = (image[None] if image.dim() == 3 else image)[:, None]
-        self.model._check(images)
+        check_clip(images, self.model.aggregator.patch_size)
         features = self.model.aggregator(images, past=self.past)
         out = self.model._dense(features, images)
         out["pose_enc"] = self.model.camera_head(features.cameras, caches=self.past.trunk)

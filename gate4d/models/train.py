@@ -91,7 +91,9 @@ class Config:
 
     def rate(self, step: int) -> float:
         """Learning rate of a step."""
-        return self.lr * max(0.0, min(1.0, (step + 1) / max(1, self.warmup), (self.steps - step) / max(1, self.cooldown)))
+        return self.lr * max(
+            0.0, min(1.0, (step + 1) / max(1, self.warmup), (self.steps - step) / max(1, self.cooldown))
+        )
 
 
 def recipe(config: Config) -> MoreRecipe:
@@ -340,7 +342,9 @@ class Training:
         with open(path, "w", newline="") as f:
             writer = csv.DictWriter(f, names)
             writer.writeheader()
-            writer.writerows({n: f"{x:.5g}" if isinstance(x, float) else x for n, x in row.items()} for row in self.rows)
+            writer.writerows(
+                {n: f"{x:.5g}" if isinstance(x, float) else x for n, x in row.items()} for row in self.rows
+            )
 
 
 def mean_row(rows: list[dict[str, float]]) -> dict[str, float]:
