@@ -86,8 +86,8 @@ class PoseMemory(nn.Module):
 class RecurrentModel(nn.Module):
     """CUT3R's shape at a thousandth of its work.
 
-    What :class:`~gate4d.models.alternating.Matching` compares is part of the memory: the last three images, as patches
-    behind the tokens of the pose memory, so that a reset forgets them too.
+    What :class:`~gate4d.models.alternating.Matching` compares is part of the memory: the first image and the last three,
+    as patches behind the tokens of the pose memory, so that a reset forgets them too.
 
     Args:
         dim: features C of a token, at least 192, the values of a patch.
@@ -106,7 +106,7 @@ class RecurrentModel(nn.Module):
         widths = (int(widths[0]), int(widths[1]))
         self.patch_embed = PatchEmbed(dim, widths)
         self.patch_size = self.patch_embed.patch_size
-        self.values, self.reach, self.memory = 3 * self.patch_size**2, max(Matching.steps), memory
+        self.values, self.reach, self.memory = 3 * self.patch_size**2, 1 + max(Matching.steps), memory
         if dim < self.values:
             raise ValueError(f"dim must be at least {self.values}, the values of a patch, got {dim}.")
         self.side = round(state**0.5)
@@ -163,14 +163,15 @@ class RecurrentModel(nn.Module):
         """The same as the steps below, with all frames in one call where they do not depend on each other."""
         batch, frames = images.shape[:2]
         tokens, pos, maps = self._encode(images.flatten(0, 1))
-        moved, *changes = self.matching(images, None, True)
+        moved, turned, *changes = self.matching(images, None, True)
+        turned = turned.view(batch, frames, 1, -1)
         feats = self._pack(tokens + moved, maps, changes).unflatten(0, (batch, frames))
         (init, state_pos), mem = self._initial_state(batch), self.pose_retriever.mem.expand(batch, -1, -1)
         state, plain = init, self.decoder_embed(tokens.unflatten(0, (batch, frames))).mean(2, keepdim=True)
         pos = pos[:1].expand(batch, -1, -1)
         for t in range(frames):
             pose = self.pose_retriever.inquire(plain[:, t], mem) if t else self.pose_token.expand(batch, -1, -1)
-            pose_pos = torch.full_like(pos[:, :1], -1)
+            pose, pose_pos = pose + turned[:, t], torch.full_like(pos[:, :1], -1)
             state, dec = self._recurrent_rollout(state, state_pos, feats[:, t], pos, pose, pose_pos, init)
             mem = self.pose_retriever.update_mem(mem, plain[:, t], dec[-1][:, :1])
             yield self._predict(dec, feats[:, t], images.shape[-2:])
@@ -221,16 +222,19 @@ class RecurrentModel(nn.Module):
         """One frame: its prediction, and the state and the memory after it."""
         view, (height, width) = views[i], views[i]["img"].shape[-2:]
         poses, past = mem[:, : self.memory], mem[:, self.memory :]
-        images = past[..., : self.values].unflatten(1, (self.reach, -1))  # [B, 3, patches, values], oldest first
+        images = past[..., : self.values].unflatten(1, (self.reach, -1))  # [B, 4, patches, values]: first, last three
         plain, now = self.decoder_embed(feat_i[..., : self.dim]).mean(1, keepdim=True), feat_i[..., -self.values :]
-        feat = self._compared(feat_i[..., : -self.values], now, images, (height, width))
+        seen = (images[..., 0] >= 0).all(-1)  # [B, 4]
+        feat, turned = self._compared(feat_i[..., : -self.values], now, images, seen, (height, width))
         pose = self.pose_retriever.inquire(plain, poses) if i else self.pose_token.expand(len(feat), -1, -1)
         new, dec = self._recurrent_rollout(
-            state_feat, state_pos, feat, pos_i, pose, torch.full_like(pos_i[:, :1], -1), init_state_feat,
+            state_feat, state_pos, feat, pos_i, pose + turned, torch.full_like(pos_i[:, :1], -1), init_state_feat,
             img_mask=view["img_mask"], reset_mask=view["reset"], update=view["update"],
         )  # fmt: skip
         told = self.pose_retriever.update_mem(poses, plain, dec[-1][:, :1])
-        kept = F.pad(torch.cat((images[:, 1:], now[:, None]), dim=1).flatten(1, 2), (0, self.dim - self.values))
+        first = torch.where(seen[:, :1, None, None], images[:, :1], now[:, None])
+        kept = torch.cat((first, images[:, 2:], now[:, None]), dim=1).flatten(1, 2)
+        kept = F.pad(kept, (0, self.dim - self.values))
         update, reset = (view["img_mask"] & view["update"])[:, None, None], view["reset"][:, None, None]
         state = torch.where(reset, init_state_feat, torch.where(update, new, state_feat))
         new_mem = torch.where(reset, init_mem, torch.where(update, torch.cat((told, kept), dim=1), mem))
@@ -252,17 +256,19 @@ class RecurrentModel(nn.Module):
             x = block(x, pos)
         return self.enc_norm(x), pos, maps
 
-    def _compared(self, feat: Tensor, now: Tensor, past: Tensor, size: tuple[int, int]) -> Tensor:
-        """Features of a frame with what changed since the images ``past [B, 3, patches, values]``."""
+    def _compared(
+        self, feat: Tensor, now: Tensor, past: Tensor, seen: Tensor, size: tuple[int, int]
+    ) -> tuple[Tensor, Tensor]:
+        """Features of a frame with what changed since the images ``past [B, 4, patches, values]``, and the same for the
+        pose token ``[B, 1, C]``."""
         rows = size[0] // self.patch_size
 
         def image(patches: Tensor) -> Tensor:  # [..., patches, values] to [..., 3, H, W]
             return F.pixel_shuffle(patches.mT.unflatten(-1, (rows, -1)), self.patch_size)
 
-        seen = (past[..., 0] >= 0).all(-1)  # [B, 3]
-        moved, *changes = self.matching(image(now)[:, None], image(past), True, seen)
+        moved, turned, *changes = self.matching(image(now)[:, None], image(past), True, seen)
         tokens, maps = feat[..., : self.dim] + moved, self._maps(feat[..., self.dim :], rows)
-        return self._pack(tokens, maps, changes)
+        return self._pack(tokens, maps, changes), turned[:, None]
 
     def _pack(self, tokens: Tensor, maps: Sequence[Tensor], changes: Sequence[Tensor] = ()) -> Tensor:
         """Tokens and, patch by patch, the maps at a half and a quarter of the size, images' before changes'."""
