@@ -86,8 +86,8 @@ class PoseMemory(nn.Module):
 class RecurrentModel(nn.Module):
     """CUT3R's shape at a thousandth of its work.
 
-    What :class:`~gate4d.models.alternating.Matching` compares is part of the memory: the first image and the last three,
-    as patches behind the tokens of the pose memory, so that a reset forgets them too.
+    What :class:`~gate4d.models.alternating.Matching` compares is part of the memory: the first image and the last
+    three, as patches behind the tokens of the pose memory, so that a reset forgets them too.
 
     Args:
         dim: features C of a token, at least 192, the values of a patch.
