@@ -1,19 +1,20 @@
 """Training: it learns, it resumes exactly, and it stops before it is ruined."""
 
 import csv
+import json
 
 import pytest
 import torch
 
 from gate4d.data import procedural
-from gate4d.models import load, metadata, train
+from gate4d.models import WeightsError, load, metadata, save_weights, train
 from gate4d.models.train import Config, Training, TrainingDiverged
 
 pytest.importorskip("rich")
 pytest.importorskip("matplotlib")
 
 TINY = Config(
-    steps=200, size=(16, 24), batch_frames=6, lengths=(3,), warmup=10, cooldown=50, lr=3e-3, bf16=False,
+    steps=200, size=(16, 24), batch_frames=4, lengths=(2,), warmup=10, cooldown=50, lr=3e-3, bf16=False,
     arguments='{"dim": 16, "heads": 1, "depth": 2, "trunk": 1, "widths": [8, 8]}',
 )  # fmt: skip
 
@@ -80,6 +81,23 @@ def poisoned(function):
     return losses
 
 
+def test_a_training_begins_with_what_two_models_share(tmp_path):
+    whole = Training(TINY, tmp_path / "a")
+    whole.export(tmp_path / "a.safetensors")
+    widths = {"dim": 192, "heads": 3, "encoder": 1, "decoder": 1, "state": 4, "memory": 2, "widths": [8, 8]}
+    other = Config(**{**vars(TINY), "model": "recurrent", "arguments": json.dumps(widths), "seed": 1})
+    second = Training(other, tmp_path / "b")
+    names = second.start_from(tmp_path / "a.safetensors")
+    assert {"patch_embed.fine.weight", "matching.change.weight", "motion_head.out.weight"} <= set(names)
+    own = second.model.state_dict()["matching.change.weight"]
+    assert torch.equal(own, whole.model.aggregator.matching.change.weight.detach().bfloat16().float())
+    with pytest.raises(WeightsError, match="no parameter in common"):
+        wide = {**widths, "dim": 256, "heads": 4, "widths": [4, 4]}
+        tiny = Config(**{**vars(other), "arguments": json.dumps(wide)})
+        save_weights(torch.nn.Linear(2, 2), tmp_path / "c.safetensors", {})
+        Training(tiny, tmp_path / "c").start_from(tmp_path / "c.safetensors")
+
+
 def test_clips_depend_on_seed_and_step_alone(stored):
     a, b, other = (train.clips(TINY, step) for step in (5, 5, 6))
     assert a[1] == b[1]
@@ -92,8 +110,8 @@ def test_clips_depend_on_seed_and_step_alone(stored):
 
 
 def test_the_command_trains_resumes_and_exports(tmp_path, stored, capsys):
-    common = ["--out", str(tmp_path), "--cache", str(stored), "--fp32", "--size", "16", "24", "--lengths", "3"]
-    common += ["--batch-frames", "6", "--arguments", TINY.arguments, "--warmup", "2", "--cooldown", "1"]
+    common = ["--out", str(tmp_path), "--cache", str(stored), "--fp32", "--size", "16", "24", "--lengths", "2"]
+    common += ["--batch-frames", "4", "--arguments", TINY.arguments, "--warmup", "2", "--cooldown", "1"]
     train.main([*common, "--steps", "2"])
     weights = tmp_path / "weights.safetensors"
     train.main([*common, "--steps", "3", "--resume", "--export", str(weights)])
