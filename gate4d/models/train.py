@@ -55,6 +55,8 @@ class Config:
         lr, warmup, cooldown, weight_decay, clip: of AdamW; the gradient's norm is clipped.
         ema: decay of the averaged weights, which are what is exported.
         bf16: whether the model runs under bf16 autocast.
+        log_depth_after: the step from which the logarithm of depth is regressed, before it depth itself, whose squares
+            leave little but the far hills to the loss.
         arguments: of the model.
     """
 
@@ -73,6 +75,7 @@ class Config:
     clip: float = 1.0
     ema: float = 0.998
     bf16: bool = True
+    log_depth_after: int = 0
     arguments: str = "{}"
 
     def __post_init__(self) -> None:
@@ -154,14 +157,17 @@ class Watch:
 
 
 def losses(
-    model: nn.Module, batch: procedural.Batch, causal: bool, config: Config
+    model: nn.Module, batch: procedural.Batch, causal: bool, config: Config, step: int = 0
 ) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
     """Loss of a batch, its terms, and the predictions."""
     terms, targets = recipe(config), targets_of(batch)
+    log_depth = step >= config.log_depth_after
+    if log_depth:
+        targets["depth"] = targets["depth"].log()
     if not hasattr(model, "aggregator"):
         with autocast(config, batch.images.device):
             predictions = model(batch.images)
-        loss, parts = terms.loss(predictions, targets)
+        loss, parts = terms.loss(in_logs(predictions) if log_depth else predictions, targets)
         overlap = mask_overlap(predictions["motion"], batch.motion)
         return loss + OVERLAP * overlap, {**parts, "overlap": overlap.detach()}, predictions
     layout = model.aggregator.layout(batch.images)
@@ -172,13 +178,18 @@ def losses(
         rows = {i: (q[:, :, : layout.num_tokens], k) for i, (q, k) in watch.seen.items()}
         visible = Visibility.frame_causal(layout) if causal else None
         attention = ForcedAttention(rows, layout, visible, model.aggregator.patch_size)
-    loss, parts = terms.loss(predictions, targets, attention)
+    loss, parts = terms.loss(in_logs(predictions) if log_depth else predictions, targets, attention)
     overlap = mask_overlap(predictions["motion"], batch.motion)
     loss, parts = loss + OVERLAP * overlap, {**parts, "overlap": overlap.detach()}
     if causal:  # the copies of the camera tokens, which see all frames
         extra, more = terms.loss({"pose_enc": predictions["global_pose_enc"]}, {"pose_enc": targets["pose_enc"]})
         loss, parts = loss + extra, {**parts, **{f"global {name}": x for name, x in more.items()}}
     return loss, parts, predictions
+
+
+def in_logs(predictions: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Predictions with the logarithm of their depth."""
+    return {**predictions, "depth": predictions["depth"].log()}
 
 
 def mask_overlap(logits: Tensor, motion: Tensor) -> Tensor:
@@ -230,10 +241,10 @@ class Training:
         """Go on from a checkpoint, this folder's or another's.
 
         Raises:
-            ValueError: it is of another configuration (the number of steps and the forcing may differ).
+            ValueError: it is of another configuration (what concerns only later steps may differ, and the forcing).
         """
         state = torch.load(path or self.checkpoint, map_location=self.device, weights_only=True)
-        free = ("steps", "cooldown", "forcing")
+        free = ("steps", "cooldown", "forcing", "log_depth_after")
         theirs = {**state["config"], "size": tuple(state["config"]["size"])}
         for name, ours in asdict(self.config).items():
             if name not in free and theirs.get(name) != ours:
@@ -271,7 +282,7 @@ class Training:
         data = time.perf_counter() - start
         for group in self.optimizer.param_groups:
             group["lr"] = config.rate(self.step)
-        loss, terms, predictions = losses(model, batch, causal, config)
+        loss, terms, predictions = losses(model, batch, causal, config, self.step)
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         norm = nn.utils.clip_grad_norm_(model.parameters(), config.clip)
