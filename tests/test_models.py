@@ -10,8 +10,9 @@ import gate4d
 from gate4d import TokenLayout
 from gate4d.models import WeightsError, build, load, metadata, save_weights
 from gate4d.models import geometry as geo
-from gate4d.models.alternating import AlternatingModel, patch_flow
+from gate4d.models.alternating import AlternatingModel
 from gate4d.models.files import FOLDER, read_safetensors
+from gate4d.models.matching import patch_flow
 
 TINY = {"dim": 16, "heads": 2, "depth": 3, "trunk": 1, "widths": [4, 6]}
 

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from ..methods.common import recurrent_steps, recurrent_views
 from ..nn import CrossAttention, RoPE2D, SelfAttention
-from .alternating import CameraHead, DenseHead, Features, LayerScale, Matching, PatchEmbed, check_clip
+from .alternating import CameraHead, DenseHead, Features, LayerScale, PatchEmbed, check_clip
+from .matching import Matching
 
 View = dict[str, Any]
 
@@ -86,7 +87,7 @@ class PoseMemory(nn.Module):
 class RecurrentModel(nn.Module):
     """CUT3R's shape at a thousandth of its work.
 
-    What :class:`~gate4d.models.alternating.Matching` compares is part of the memory: the first image and the last
+    What :class:`~gate4d.models.matching.Matching` compares is part of the memory: the first image and the last
     three, as patches behind the tokens of the pose memory, so that a reset forgets them too.
 
     Args:

@@ -454,6 +454,7 @@ def main(argv: list[str] | None = None) -> None:
         "--start-from", type=Path, help="exported weights, of either model, for what they have in common"
     )
     parser.add_argument("--cache", type=Path, help="folder where trainings share rendered clips")
+    parser.add_argument("--stop", type=int, help="stop at this step, before the cool-down of a longer training")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="stop after this time")
     parser.add_argument("--device", default="cpu", help="untested elsewhere")
     parser.add_argument("--export", type=Path, help="write the averaged weights here at the end (16-bit safetensors)")
@@ -468,7 +469,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.resume:
         training.load(None if args.resume is True else Path(args.resume))
     try:
-        training.run(minutes=args.minutes)
+        training.run(minutes=args.minutes, stop=args.stop)
     except TrainingDiverged as e:
         sys.exit(f"TrainingDiverged: {e}")
     if args.export is not None:
