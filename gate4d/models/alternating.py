@@ -114,38 +114,83 @@ class PatchEmbed(nn.Module):
 
 
 class Matching(nn.Module):
-    """Local correlation of a frame with the one before it and the one after it, where they are known.
+    """What changed between a frame and those 1 and 3 before and after it, where they are known.
 
-    A model of this size, trained for an hour, does not find correspondences in attention over patches alone; where a
-    pixel went is given to it, whether that was the camera or an object is not.
+    Differences of the images, and block matching: normalised cross-correlation of 5 x 5 neighbourhoods at half the size,
+    for shifts of up to 8 pixels. A model of this size, trained for an hour, does not come to find correspondences by
+    attention over patches; where a pixel went is given to it, whether the camera or an object moved is not.
     """
 
-    radius = 4
+    radius, block, sharpness = 4, 5, 30.0
+    steps = (1, 3)  # slow objects show over three frames, fast ones have not left the window after one
 
-    def __init__(self, width: int, dim: int):
+    def __init__(self, widths: tuple[int, int], dim: int):
         super().__init__()
-        self.project = nn.Conv2d(width, 32, 1)
-        self.reduce = nn.Conv2d(2 * (2 * self.radius + 1) ** 2, width, 1)
-        self.mix = nn.Conv2d(width, width, 3, 1, 1)
-        self.patch = nn.Conv2d(width, dim, 2, 2)
+        half, quarter = widths
+        others = 2 * len(self.steps)
+        self.change = nn.Conv2d(3 * others, half, 7, 2, 3)
+        self.shift = nn.Conv2d(others * ((2 * self.radius + 1) ** 2 + 3), half, 1)
+        self.smooth = nn.Conv2d(half, half, 3, 1, 1)
+        self.down = nn.Conv2d(half, quarter, 3, 2, 1)
+        self.mix = nn.Conv2d(quarter, quarter, 3, 1, 1)
+        self.patch = nn.Conv2d(quarter, dim, 2, 2)
 
-    def describe(self, quarter: Tensor) -> Tensor:
-        """``[N, width, h, w]`` to unit vectors ``[N, 32, h, w]``."""
-        return F.normalize(self.project(quarter), dim=1)
+    def forward(self, images: Tensor, before: Tensor | None, causal: bool) -> tuple[Tensor, Tensor, Tensor]:
+        """Images ``[B, T, 3, H, W]`` to tokens ``[B * T, patches, C]`` and maps at a half and a quarter of the size.
 
-    def forward(self, now: Tensor, before: Tensor, after: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Descriptors ``[N, 32, h, w]``, zeros for a frame that is not known, to ``[N, patches, C], [N, width, h, w]``."""
-        back = self.correlate(now, before)
-        correlation = torch.cat((back, torch.zeros_like(back) if after is None else self.correlate(now, after)), dim=1)
-        found = F.gelu(self.reduce(correlation))
-        found = found + F.gelu(self.mix(found))
-        return self.patch(found).flatten(2).mT, found
+        ``before [B, n, 3, H, W]`` are the last frames before the clip. With ``causal`` no frame sees a later one.
+        """
+        clip = images if before is None else torch.cat((before, images), dim=1)
+        frames, skipped = clip.shape[1], clip.shape[1] - images.shape[1]
+        described = self.describe(clip.flatten(0, 1)).unflatten(0, clip.shape[:2])
+        numbers = torch.arange(skipped, frames, device=images.device)
+        changes, shifts = [], []
+        for step in (*(-s for s in self.steps), *self.steps):
+            other = numbers + step
+            at = other.clamp(0, frames - 1)
+            seen = (other == at) & (step < 0 or not causal)
+            known = seen.to(images.dtype)[:, None, None, None]
+            changes.append(((clip[:, at] - images) * known).flatten(0, 1))
+            if causal and step > 0:
+                shifts.append(torch.zeros_like(shifts[0]))
+                continue
+            found = self.correlate(described[:, skipped:].flatten(0, 1), described[:, at].flatten(0, 1))
+            shifts.append((found.unflatten(0, images.shape[:2]) * known).flatten(0, 1))
+        half = F.gelu(self.change(4 * torch.cat(changes, dim=1)) + self.shift(torch.cat(shifts, dim=1)))
+        half = half + F.gelu(self.smooth(half))
+        quarter = F.gelu(self.down(half))
+        quarter = quarter + F.gelu(self.mix(quarter))
+        return self.patch(quarter).flatten(2).mT, half, quarter
 
+    @torch.no_grad()
+    def describe(self, images: Tensor) -> Tensor:
+        """Images ``[N, 3, H, W]`` to unit vectors ``[N, 25, H / 2, W / 2]``: grey neighbourhoods without their mean."""
+        grey = images.to(torch.promote_types(images.dtype, torch.float32)).mean(1, keepdim=True)
+        small = F.avg_pool2d(grey, 2)
+        pad = self.block // 2
+        blocks = F.unfold(F.pad(small, (pad,) * 4, mode="replicate"), self.block)
+        blocks = blocks - blocks.mean(1, keepdim=True)
+        # The constant is the noise of 8-bit colours: a flat neighbourhood matches nothing.
+        return (blocks / (blocks.square().sum(1, keepdim=True) + 1e-3).sqrt()).unflatten(2, small.shape[-2:])
+
+    @torch.no_grad()
+    @torch.autocast("cpu", enabled=False)
     def correlate(self, a: Tensor, b: Tensor) -> Tensor:
-        r, (height, width) = self.radius, a.shape[-2:]
-        b = F.pad(b, (r, r, r, r))
-        shifts = [(y, x) for y in range(2 * r + 1) for x in range(2 * r + 1)]
-        return 4 * torch.stack([(a * b[:, :, y : y + height, x : x + width]).sum(1) for y, x in shifts], dim=1)
+        """``[N, d, h, w]`` twice to products, expected shift (y, x) and greatest product ``[N, shifts + 3, h, w]``.
+
+        In fp32: 16 bits would round sub-pixel motion away.
+        """
+        r, side, (height, width) = self.radius, 2 * self.radius + 1, a.shape[-2:]
+        rows = F.pad(b, (r, r, r, r)).unfold(2, side, 1).permute(0, 2, 1, 4, 3).flatten(3)
+        products = a.permute(0, 2, 3, 1) @ rows  # [N, h, w, side * (w + 2r)]: a band of rows, then its diagonals
+        x = torch.arange(width, device=a.device)[:, None] + torch.arange(side, device=a.device)
+        index = x[:, None].expand(*products.shape[:2], width, side, side)
+        products = products.unflatten(3, (side, -1)).gather(4, index)  # [N, h, w, side, side]
+        weight = (self.sharpness * products.flatten(3)).softmax(-1).view_as(products)
+        shift = torch.arange(-r, r + 1, device=a.device, dtype=a.dtype)
+        y, x = (weight.sum(4) * shift).sum(-1), (weight.sum(3) * shift).sum(-1)
+        extra = torch.stack((y, x, products.flatten(3).amax(-1)), dim=-1)
+        return torch.cat((products.flatten(3), extra), dim=-1).permute(0, 3, 1, 2)
 
 
 class Features(NamedTuple):
@@ -166,7 +211,7 @@ class Aggregator(nn.Module):
         self.depth, self.patch_start_idx = depth, 1 + REGISTERS
         self.patch_embed = PatchEmbed(dim, widths)
         self.patch_size = self.patch_embed.patch_size
-        self.matching = Matching(widths[1], dim)
+        self.matching = Matching(widths, dim)
         self.camera_token = nn.Parameter(torch.randn(1, 2, 1, dim) * 0.02)
         self.register_token = nn.Parameter(torch.randn(1, 2, REGISTERS, dim) * 0.02)
         rope = RoPE2D()
@@ -183,23 +228,19 @@ class Aggregator(nn.Module):
         """Tokens ``[B, T, P, C]``, positions ``[1, P, 2]``, maps; ``past`` belongs to a stream and is updated."""
         batch, frames = images.shape[:2]
         patches, half, quarter = self.patch_embed(images.flatten(0, 1))
-        now = self.matching.describe(quarter).unflatten(0, (batch, frames))
-        none = torch.zeros_like(now[:, :1])
-        first = none if past is None or past.descriptors is None else past.descriptors
-        before = torch.cat((first, now[:, :-1]), dim=1)
-        after = None if causal else torch.cat((now[:, 1:], none), dim=1).flatten(0, 1)
-        moved, found = self.matching(now.flatten(0, 1), before.flatten(0, 1), after)
+        before = None if past is None else past.images
+        moved, *found = self.matching(images, before, causal)
         rows, columns = (n // self.patch_size for n in images.shape[-2:])
         special = torch.cat((self.camera_token, self.register_token), dim=2)  # [1, 2, 5, C]
         kind = torch.ones(frames, dtype=torch.long, device=images.device)
-        if past is None or past.descriptors is None:
+        if before is None:
             kind[0] = 0
         if past is not None:
-            past.descriptors = now[:, -1:]
+            past.images = images if before is None else torch.cat((before, images), 1)[:, -max(self.matching.steps) :]
         x = torch.cat((special[:, kind].expand(batch, -1, -1, -1), (patches + moved).unflatten(0, (batch, frames))), 2)
         y, z = (torch.arange(n, device=images.device) + 1 for n in (rows, columns))
         pos = F.pad(torch.cartesian_prod(y, z), (0, 0, self.patch_start_idx, 0))[None]
-        return x, pos, half, torch.cat((quarter, found), dim=1)
+        return x, pos, torch.cat((half, found[0]), dim=1), torch.cat((quarter, found[1]), dim=1)
 
     def forward(
         self, images: Tensor, *, causal: bool = False, camera_pass: bool = False, past: Past | None = None
@@ -262,7 +303,7 @@ class Past:
     def __init__(self, depth: int, trunk: int, window: int | None, anchors: int):
         self.caches = [FrameKVCache(window, anchors=anchors) for _ in range(depth)]
         self.trunk = [FrameKVCache(window, anchors=anchors) for _ in range(trunk)]
-        self.descriptors: Tensor | None = None
+        self.images: Tensor | None = None  # the last few
         self.steps: list[list[Tensor]] = [[] for _ in range(depth)]  # what each frame block added to the camera token
 
 
@@ -286,9 +327,10 @@ class CameraHead(nn.Module):
             else:
                 x = block(x) if visible is None else block.select(x, None, visible=visible)
         raw = self.pose(self.trunk_norm(x)).float()
-        still = raw.new_tensor((0.0, 0.0, 0.0, 1.0))
-        quaternion = F.normalize(raw[..., 3:7] + still, dim=-1)
-        return torch.cat((raw[..., :3], quaternion, torch.pi * torch.sigmoid(raw[..., 7:] - 0.5)), dim=-1)
+        # Cameras move by hundredths of a clip's unit: at full scale the optimiser's steps alone would be larger.
+        move, turn, field = raw.split((3, 4, 2), dim=-1)
+        quaternion = F.normalize(0.05 * turn + raw.new_tensor((0.0, 0.0, 0.0, 1.0)), dim=-1)
+        return torch.cat((0.05 * move, quaternion, torch.pi * torch.sigmoid(field - 0.5)), dim=-1)
 
 
 class DenseHead(nn.Module):
@@ -300,7 +342,7 @@ class DenseHead(nn.Module):
         self.tokens = nn.Linear(2 * dim, 4 * quarter)
         self.coarse_skip = nn.Conv2d(2 * quarter, quarter, 1)
         self.coarse = nn.Conv2d(quarter, quarter, 3, 1, 1)
-        self.fine_skip = nn.Conv2d(half, half, 1)
+        self.fine_skip = nn.Conv2d(2 * half, half, 1)
         self.up = nn.Conv2d(quarter, 4 * half, 1)
         self.fine = nn.Conv2d(half, half, 3, 1, 1)
         self.out = nn.Conv2d(half, 4 * outputs, 3, 1, 1)

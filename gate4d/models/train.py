@@ -14,10 +14,9 @@ import argparse
 import csv
 import json
 import os
-import shutil
+import shlex
 import sys
 import time
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -33,6 +32,7 @@ from .files import MODELS, build, save_weights
 from .geometry import normalised
 
 VALIDATION_SEED = 2**20
+OVERLAP = 0.5  # weight of mask_overlap
 
 
 class TrainingDiverged(FloatingPointError):
@@ -62,12 +62,12 @@ class Config:
     steps: int = 6000
     seed: int = 0
     size: tuple[int, int] = (64, 80)
-    batch_frames: int = 24
-    lengths: tuple[int, ...] = (4, 6, 8, 12)
+    batch_frames: int = 16
+    lengths: tuple[int, ...] = (4, 8, 12)
     causal: float = 0.6
     forcing: bool = True
-    lr: float = 6e-4
-    warmup: int = 200
+    lr: float = 1e-3
+    warmup: int = 100
     cooldown: int = 800
     weight_decay: float = 0.02
     clip: float = 1.0
@@ -96,7 +96,7 @@ class Config:
 
 def recipe(config: Config) -> MoreRecipe:
     """The terms of the loss and their weights."""
-    standard = MoreRecipe()
+    standard = MoreRecipe(pose=2.0, rotation=20.0, translation=30.0, depth=1.0, motion=4.0)
     return standard if config.forcing else replace(standard, forcing=0.0)
 
 
@@ -159,7 +159,9 @@ def losses(
     if not hasattr(model, "aggregator"):
         with autocast(config, batch.images.device):
             predictions = model(batch.images)
-        return *terms.loss(predictions, targets), predictions
+        loss, parts = terms.loss(predictions, targets)
+        overlap = mask_overlap(predictions["motion"], batch.motion)
+        return loss + OVERLAP * overlap, {**parts, "overlap": overlap.detach()}, predictions
     layout = model.aggregator.layout(batch.images)
     with Watch(model) as watch, autocast(config, batch.images.device):
         predictions = model(batch.images, causal=causal, camera_pass=causal)
@@ -169,10 +171,19 @@ def losses(
         visible = Visibility.frame_causal(layout) if causal else None
         attention = ForcedAttention(rows, layout, visible, model.aggregator.patch_size)
     loss, parts = terms.loss(predictions, targets, attention)
+    overlap = mask_overlap(predictions["motion"], batch.motion)
+    loss, parts = loss + OVERLAP * overlap, {**parts, "overlap": overlap.detach()}
     if causal:  # the copies of the camera tokens, which see all frames
         extra, more = terms.loss({"pose_enc": predictions["global_pose_enc"]}, {"pose_enc": targets["pose_enc"]})
         loss, parts = loss + extra, {**parts, **{f"global {name}": x for name, x in more.items()}}
     return loss, parts, predictions
+
+
+def mask_overlap(logits: Tensor, motion: Tensor) -> Tensor:
+    """1 - soft IoU of the batch's masks: beside the BCE, because few pixels move and the IoU is what is asked for."""
+    p, motion = logits.sigmoid(), motion.to(logits.dtype)
+    inter = (p * motion).sum()
+    return 1 - (inter + 1) / (p.sum() + motion.sum() - inter + 1)
 
 
 def autocast(config: Config, device: torch.device) -> torch.autocast:
@@ -249,7 +260,7 @@ class Training:
         if not bool(torch.isfinite(loss + norm)):
             what = {name: round(float(x), 4) for name, x in terms.items()}
             raise TrainingDiverged(
-                f"loss {float(loss):g}, gradient norm {float(norm):g} at step {self.step} (terms {what}); "
+                f"loss {float(loss.detach()):g}, gradient norm {float(norm):g} at step {self.step} (terms {what}); "
                 f"the last good checkpoint is {self.checkpoint}."
             )
         self.optimizer.step()
@@ -425,7 +436,8 @@ def main(argv: list[str] | None = None) -> None:
     except TrainingDiverged as e:
         sys.exit(f"TrainingDiverged: {e}")
     if args.export is not None:
-        training.export(args.export)
+        command = ["python", "-m", "gate4d.models.train", *(sys.argv[1:] if argv is None else argv)]
+        training.export(args.export, command=shlex.join(command), seed=str(config.seed))
 
 
 if __name__ == "__main__":
