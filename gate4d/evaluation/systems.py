@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -111,21 +111,34 @@ def _vggt4d(model: nn.Module, clip: Batch, recipe: GramRecipe = SHALLOW, second:
     return _prediction(result.predictions, motion=result.masks.masks)
 
 
-def _true_masks(model: nn.Module, clip: Batch) -> Prediction:
-    """VGGT4D's second pass with the true masks."""
-    side, (height, width) = model.aggregator.patch_size, clip.images.shape[-2:]
-    dynamic = patch_masks(clip.motion[0], (height // side, width // side))
+@torch.no_grad()
+def early_masking(
+    model: nn.Module, images: Tensor, masks: Tensor, layers: Collection[int] = MASKED_LAYERS
+) -> dict[str, Tensor]:
+    """VGGT4D's second pass with given masks: the model while its first blocks see no key of a dynamic patch.
+
+    Args:
+        images: ``[1, T, 3, H, W]``.
+        masks: bool ``[T, H, W]``; a patch is dynamic if any of its pixels is. Special tokens stay.
+    """
+    side, (height, width) = model.aggregator.patch_size, images.shape[-2:]
+    dynamic = patch_masks(masks, (height // side, width // side))
     special = torch.zeros((len(dynamic), model.aggregator.patch_start_idx), dtype=torch.bool, device=dynamic.device)
     dropped = torch.cat((special, dynamic), dim=1)
     gates = {"frame": MotionGate.drop_keys(dropped), "global": MotionGate.drop_keys(dropped.flatten()[None])}
-    plain = model(clip.images)
     with patch(model) as handle:
         for role, gate in gates.items():
             for row in handle.table.select(role):
-                if row.layer in MASKED_LAYERS:
+                if row.layer in layers:
                     row.control.gate = gate
-        masked = model(clip.images)
-    return _prediction(plain, masked["pose_enc"], clip.motion[0])
+        return model(images)
+
+
+def _masked(model: nn.Module, clip: Batch, true: bool = False) -> Prediction:
+    """Cameras with early masking by the model's own masks or the true ones, everything else without it."""
+    plain = model(clip.images)
+    masks = clip.motion[0] if true else plain["motion"][0] > 0
+    return _prediction(plain, early_masking(model, clip.images, masks)["pose_enc"], masks)
 
 
 def _recurrent(model: nn.Module, clip: Batch, method: str | None = None, **options: Any) -> Prediction:
@@ -152,7 +165,8 @@ def systems() -> list[System]:
         System(clip, "MoRe, token-causal", "alternating", _token_causal, True, frozen),
         System(clip, "VGGT4D saliency, one pass", "alternating", partial(_vggt4d, second=False), note=frozen),
         System(clip, "VGGT4D, early masking", "alternating", _vggt4d, note=frozen),
-        System(clip, "early masking, true masks", "alternating", _true_masks, note=frozen),
+        System(clip, "early masking, MoRe's masks", "alternating", _masked, note=frozen),
+        System(clip, "early masking, true masks", "alternating", partial(_masked, true=True), note=frozen),
     ]
     mut3r = partial(_recurrent, method="mut3r")
     rows += [
