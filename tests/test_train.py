@@ -97,7 +97,7 @@ def test_the_command_trains_resumes_and_exports(tmp_path, stored, capsys):
     train.main([*common, "--steps", "2"])
     weights = tmp_path / "weights.safetensors"
     train.main([*common, "--steps", "3", "--resume", "--export", str(weights)])
-    rows = list(csv.DictReader(open(tmp_path / "log.csv")))
+    rows = list(csv.DictReader((tmp_path / "log.csv").read_text().splitlines()))
     assert [r["step"] for r in rows] == ["2", "3"]
     assert (tmp_path / "curves.png").stat().st_size > 1000
     assert metadata(weights)["step"] == "3"

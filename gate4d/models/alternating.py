@@ -114,73 +114,90 @@ class PatchEmbed(nn.Module):
 
 
 class Matching(nn.Module):
-    """What changed between a frame and those 1 and 3 before and after it, where they are known.
+    """What changed between a frame and the first one, and those 1 and 3 before and after it, where they are known.
 
-    Differences of the images, and block matching: normalised cross-correlation of 5 x 5 neighbourhoods at half the size,
-    for shifts of up to 8 pixels. A model of this size, trained for an hour, does not come to find correspondences by
-    attention over patches; where a pixel went is given to it, whether the camera or an object moved is not.
+    Differences of the images; block matching: normalised cross-correlation of 5 x 5 neighbourhoods at half the size for
+    shifts of up to 8 pixels; and, for what moves by less than a pixel, the least-squares flow of each patch (Lucas and
+    Kanade, 1981), whose mean, divergence and rotation over the image go to the camera token. A model of this size,
+    trained for an hour, does not come to find correspondences by attention over patches; where a pixel went is given to
+    it, whether the camera or an object moved is not.
     """
 
     radius, block, sharpness = 4, 5, 30.0
-    steps = (1, 3)  # slow objects show over three frames, fast ones have not left the window after one
+    steps = (-1, -3, 1, 3)  # slow objects show over three frames, fast ones have not left the window after one
 
     def __init__(self, widths: tuple[int, int], dim: int):
         super().__init__()
         half, quarter = widths
-        others = 2 * len(self.steps)
+        others = 1 + len(self.steps)
         self.change = nn.Conv2d(3 * others, half, 7, 2, 3)
         self.shift = nn.Conv2d(others * ((2 * self.radius + 1) ** 2 + 3), half, 1)
         self.smooth = nn.Conv2d(half, half, 3, 1, 1)
         self.down = nn.Conv2d(half, quarter, 3, 2, 1)
         self.mix = nn.Conv2d(quarter, quarter, 3, 1, 1)
         self.patch = nn.Conv2d(quarter, dim, 2, 2)
+        self.flow = nn.Conv2d(5 * others, dim, 1)
+        self.camera = nn.Sequential(nn.Linear(4 * others, dim), nn.GELU(), nn.Linear(dim, dim))
 
-    def forward(self, images: Tensor, before: Tensor | None, causal: bool) -> tuple[Tensor, Tensor, Tensor]:
-        """Images ``[B, T, 3, H, W]`` to tokens ``[B * T, patches, C]`` and maps at a half and a quarter of the size.
+    def forward(
+        self, images: Tensor, before: Tensor | None, causal: bool, known: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Images ``[B, T, 3, H, W]`` to what is added to the patches ``[B * T, P, C]`` and to the camera tokens
+        ``[B * T, C]``, and maps at a half and a quarter of the size.
 
-        ``before [B, n, 3, H, W]`` are the last frames before the clip. With ``causal`` no frame sees a later one.
+        ``before [B, n, 3, H, W]`` are the first frame and the last ones before these (see :func:`remember`), those that
+        count are ``known [B, n]`` (None: all). With ``causal`` no frame sees a later one.
         """
-        clip = images if before is None else torch.cat((before, images), dim=1)
-        frames, skipped = clip.shape[1], clip.shape[1] - images.shape[1]
-        described = self.describe(clip.flatten(0, 1)).unflatten(0, clip.shape[:2])
-        numbers = torch.arange(skipped, frames, device=images.device)
-        changes, shifts = [], []
-        for step in (*(-s for s in self.steps), *self.steps):
-            other = numbers + step
-            at = other.clamp(0, frames - 1)
-            seen = (other == at) & (step < 0 or not causal)
-            known = seen.to(images.dtype)[:, None, None, None]
-            changes.append(((clip[:, at] - images) * known).flatten(0, 1))
-            if causal and step > 0:
-                shifts.append(torch.zeros_like(shifts[0]))
-                continue
-            found = self.correlate(described[:, skipped:].flatten(0, 1), described[:, at].flatten(0, 1))
-            shifts.append((found.unflatten(0, images.shape[:2]) * known).flatten(0, 1))
-        half = F.gelu(self.change(4 * torch.cat(changes, dim=1)) + self.shift(torch.cat(shifts, dim=1)))
+        with torch.no_grad():
+            change, shift, flow, camera = self.compare(images, before, causal, known)
+        half = F.gelu(self.change(change) + self.shift(shift))
         half = half + F.gelu(self.smooth(half))
         quarter = F.gelu(self.down(half))
         quarter = quarter + F.gelu(self.mix(quarter))
-        return self.patch(quarter).flatten(2).mT, half, quarter
+        return (self.patch(quarter) + self.flow(flow)).flatten(2).mT, self.camera(camera), half, quarter
 
-    @torch.no_grad()
-    def describe(self, images: Tensor) -> Tensor:
-        """Images ``[N, 3, H, W]`` to unit vectors ``[N, 25, H / 2, W / 2]``: grey neighbourhoods without their mean."""
-        grey = images.to(torch.promote_types(images.dtype, torch.float32)).mean(1, keepdim=True)
-        small = F.avg_pool2d(grey, 2)
+    @torch.autocast("cpu", enabled=False)
+    def compare(
+        self, images: Tensor, before: Tensor | None, causal: bool, known: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """In fp32 (16 bits would round sub-pixel motion away), all ``[B * T, channels, ...]``; see :meth:`forward`."""
+        images = images.to(torch.promote_types(images.dtype, torch.float32))
+        clip = images if before is None else torch.cat((before.to(images.dtype), images), dim=1)
+        size, frames, skipped = images.shape[:2], clip.shape[1], clip.shape[1] - images.shape[1]
+        small = F.avg_pool2d(clip.flatten(0, 1), 2).unflatten(0, clip.shape[:2])
+        described = self.describe(small.flatten(0, 1)).unflatten(0, clip.shape[:2])
+        numbers = torch.arange(skipped, frames, device=images.device)
+        exists = torch.ones((len(clip), frames), dtype=torch.bool, device=images.device)
+        if known is not None:
+            exists[:, :skipped] = known
+        parts: list[list[Tensor]] = []
+        for step in (None, *self.steps):
+            other = torch.zeros_like(numbers) if step is None else numbers + step
+            at = other.clamp(0, frames - 1)
+            seen = (other == at) & (other != numbers) & exists[:, at]
+            if step is not None and step > 0 and causal:
+                parts.append([torch.zeros_like(x) for x in parts[0]])
+                continue
+            found = (
+                4 * (clip[:, at] - images).flatten(0, 1),
+                self.correlate(*(x.flatten(0, 1) for x in (described[:, skipped:], described[:, at]))),
+                *patch_flow(*(x.flatten(0, 1) for x in (small[:, skipped:], small[:, at]))),
+            )
+            parts.append([x * seen.flatten().to(x.dtype).view(-1, *[1] * (x.dim() - 1)) for x in found])
+        assert len(parts[0][0]) == size.numel()
+        return tuple(torch.cat(x, dim=1) for x in zip(*parts, strict=True))
+
+    def describe(self, small: Tensor) -> Tensor:
+        """Images ``[N, 3, h, w]`` to unit vectors ``[N, 25, h, w]``: grey neighbourhoods without their mean."""
         pad = self.block // 2
-        blocks = F.unfold(F.pad(small, (pad,) * 4, mode="replicate"), self.block)
+        blocks = F.unfold(F.pad(small.mean(1, keepdim=True), (pad,) * 4, mode="replicate"), self.block)
         blocks = blocks - blocks.mean(1, keepdim=True)
         # The constant is the noise of 8-bit colours: a flat neighbourhood matches nothing.
         return (blocks / (blocks.square().sum(1, keepdim=True) + 1e-3).sqrt()).unflatten(2, small.shape[-2:])
 
-    @torch.no_grad()
-    @torch.autocast("cpu", enabled=False)
     def correlate(self, a: Tensor, b: Tensor) -> Tensor:
-        """``[N, d, h, w]`` twice to products, expected shift (y, x) and greatest product ``[N, shifts + 3, h, w]``.
-
-        In fp32: 16 bits would round sub-pixel motion away.
-        """
-        r, side, (height, width) = self.radius, 2 * self.radius + 1, a.shape[-2:]
+        """``[N, d, h, w]`` twice to products, expected shift (y, x) and greatest product ``[N, shifts + 3, h, w]``."""
+        r, side, width = self.radius, 2 * self.radius + 1, a.shape[-1]
         rows = F.pad(b, (r, r, r, r)).unfold(2, side, 1).permute(0, 2, 1, 4, 3).flatten(3)
         products = a.permute(0, 2, 3, 1) @ rows  # [N, h, w, side * (w + 2r)]: a band of rows, then its diagonals
         x = torch.arange(width, device=a.device)[:, None] + torch.arange(side, device=a.device)
@@ -191,6 +208,40 @@ class Matching(nn.Module):
         y, x = (weight.sum(4) * shift).sum(-1), (weight.sum(3) * shift).sum(-1)
         extra = torch.stack((y, x, products.flatten(3).amax(-1)), dim=-1)
         return torch.cat((products.flatten(3), extra), dim=-1).permute(0, 3, 1, 2)
+
+
+def patch_flow(a: Tensor, b: Tensor, window: int = 4) -> tuple[Tensor, Tensor]:
+    """Least-squares flow of each window from ``a`` to ``b [N, 3, h, w]``, and its summary over the image.
+
+    Returns:
+        ``[N, 5, h / 4, w / 4]``: flow (y, x) in the images' pixels, the confidence in [0, 1] that the texture gives
+        (from the lesser eigenvalue), and flow times confidence; and ``[N, 4]``, means over the image weighted by
+        confidence: flow (y, x), divergence and rotation about the middle.
+    """
+    middle = F.pad((a + b) / 2, (1, 1, 1, 1), mode="replicate")
+    gx, gy = (middle[..., 1:-1, 2:] - middle[..., 1:-1, :-2]) / 2, (middle[..., 2:, 1:-1] - middle[..., :-2, 1:-1]) / 2
+    gt = b - a
+    pairs = torch.stack([(p * q).sum(1) for p, q in ((gx, gx), (gx, gy), (gy, gy), (gx, gt), (gy, gt))], dim=1)
+    xx, xy, yy, xt, yt = F.avg_pool2d(pairs, window).unbind(1)
+    xx, yy = xx + 1e-4, yy + 1e-4
+    determinant = xx * yy - xy * xy
+    flow = torch.stack((xy * xt - xx * yt, xy * yt - yy * xt), dim=1) / determinant[:, None]
+    flow = flow.clamp(-2, 2)
+    least = (xx + yy) / 2 - ((xx - yy).square() / 4 + xy * xy).sqrt()
+    weight = (least / (least + 3e-4))[:, None]
+    rows, columns = flow.shape[-2:]
+    y, x = (torch.linspace(-1, 1, n, device=a.device, dtype=a.dtype) for n in (rows, columns))
+    across, along = flow[:, 0] * y[:, None] + flow[:, 1] * x, flow[:, 0] * x - flow[:, 1] * y[:, None]
+    summary = torch.cat((flow, torch.stack((across, along), dim=1)), dim=1)
+    mean = (summary * weight).sum((2, 3)) / weight.sum((2, 3)).clamp(min=1e-3)
+    return torch.cat((flow, weight, flow * weight), dim=1), 4 * mean
+
+
+def remember(before: Tensor | None, images: Tensor) -> Tensor:
+    """Frames that :class:`Matching` needs of the past, ``[B, up to 4, 3, H, W]``: the first, and the last three."""
+    clip = images if before is None else torch.cat((before, images), dim=1)
+    reach = max(Matching.steps)
+    return clip if clip.shape[1] <= reach + 1 else torch.cat((clip[:, :1], clip[:, -reach:]), dim=1)
 
 
 class Features(NamedTuple):
@@ -229,15 +280,17 @@ class Aggregator(nn.Module):
         batch, frames = images.shape[:2]
         patches, half, quarter = self.patch_embed(images.flatten(0, 1))
         before = None if past is None else past.images
-        moved, *found = self.matching(images, before, causal)
+        moved, turned, *found = self.matching(images, before, causal)
         rows, columns = (n // self.patch_size for n in images.shape[-2:])
         special = torch.cat((self.camera_token, self.register_token), dim=2)  # [1, 2, 5, C]
         kind = torch.ones(frames, dtype=torch.long, device=images.device)
         if before is None:
             kind[0] = 0
         if past is not None:
-            past.images = images if before is None else torch.cat((before, images), 1)[:, -max(self.matching.steps) :]
-        x = torch.cat((special[:, kind].expand(batch, -1, -1, -1), (patches + moved).unflatten(0, (batch, frames))), 2)
+            past.images = remember(before, images)
+        special = special[:, kind].expand(batch, -1, -1, -1)
+        special = torch.cat((special[:, :, :1] + turned.view(batch, frames, 1, -1), special[:, :, 1:]), dim=2)
+        x = torch.cat((special, (patches + moved).unflatten(0, (batch, frames))), dim=2)
         y, z = (torch.arange(n, device=images.device) + 1 for n in (rows, columns))
         pos = F.pad(torch.cartesian_prod(y, z), (0, 0, self.patch_start_idx, 0))[None]
         return x, pos, torch.cat((half, found[0]), dim=1), torch.cat((quarter, found[1]), dim=1)
@@ -256,6 +309,8 @@ class Aggregator(nn.Module):
             pos_all = torch.cat((pos_all, pos[:, :1].expand(-1, frames, -1)), dim=1)
             visible = with_global_rows(layout, causal)
         copies = x[:, :, 0] if camera_pass else None
+        if past is not None:
+            past.cameras.append(x[:, :, 0])
         kept = []
         for i in range(self.depth):
             camera = x[:, :, 0]
@@ -279,9 +334,9 @@ class Aggregator(nn.Module):
         tokens = self.norm(torch.cat((kept[0], kept[-1]), dim=-1))
         return Features(tokens, x[:, :, 0], copies, half, quarter)
 
-    def camera_pass(self, past: Past, start: Tensor) -> Tensor:
+    def camera_pass(self, past: Past) -> Tensor:
         """The copies' tokens ``[B, T, C]`` from what a stream left behind."""
-        copies = start
+        copies = torch.cat(past.cameras, dim=1)
         pos = torch.zeros((1, copies.shape[1], 2), dtype=torch.long, device=copies.device)
         for i, block in enumerate(self.global_blocks):
             copies = block.look(copies + torch.cat(past.steps[i], dim=1), pos, past.caches[i])
@@ -303,7 +358,8 @@ class Past:
     def __init__(self, depth: int, trunk: int, window: int | None, anchors: int):
         self.caches = [FrameKVCache(window, anchors=anchors) for _ in range(depth)]
         self.trunk = [FrameKVCache(window, anchors=anchors) for _ in range(trunk)]
-        self.images: Tensor | None = None  # the last few
+        self.images: Tensor | None = None  # see remember()
+        self.cameras: list[Tensor] = []  # camera tokens as embedded
         self.steps: list[list[Tensor]] = [[] for _ in range(depth)]  # what each frame block added to the camera token
 
 
@@ -403,7 +459,7 @@ class AlternatingModel(nn.Module):
         Raises:
             ValueError: the images are not a clip, or do not divide into patches.
         """
-        self._check(images)
+        check_clip(images, self.aggregator.patch_size)
         features = self.aggregator(images, causal=causal, camera_pass=camera_pass)
         out = self._dense(features, images)
         out["pose_enc"] = self.camera_head(features.cameras, causal)
@@ -431,12 +487,13 @@ class AlternatingModel(nn.Module):
             "images": images,
         }
 
-    def _check(self, images: Tensor) -> None:
-        side = self.aggregator.patch_size
-        if images.dim() != 5 or images.shape[2] != 3 or not images.is_floating_point() or not images.numel():
-            raise ValueError(f"images must be floating point [B, T, 3, H, W], got {images.dtype} {list(images.shape)}.")
-        if images.shape[3] % side or images.shape[4] % side:
-            raise ValueError(f"images must have sides that are multiples of {side}, got {list(images.shape)}.")
+
+def check_clip(images: Tensor, side: int) -> None:
+    """ValueError unless ``images`` are floating point ``[B, T, 3, H, W]`` with sides that ``side`` divides."""
+    if images.dim() != 5 or images.shape[2] != 3 or not images.is_floating_point() or not images.numel():
+        raise ValueError(f"images must be floating point [B, T, 3, H, W], got {images.dtype} {list(images.shape)}.")
+    if images.shape[3] % side or images.shape[4] % side:
+        raise ValueError(f"images must have sides that are multiples of {side}, got {list(images.shape)}.")
 
 
 class Stream(Iterator[dict[str, Tensor]]):
@@ -457,7 +514,7 @@ class Stream(Iterator[dict[str, Tensor]]):
     def __next__(self) -> dict[str, Tensor]:
         image = next(self.frames)
         images = (image[None] if image.dim() == 3 else image)[:, None]
-        self.model._check(images)
+        check_clip(images, self.model.aggregator.patch_size)
         features = self.model.aggregator(images, past=self.past)
         out = self.model._dense(features, images)
         out["pose_enc"] = self.model.camera_head(features.cameras, caches=self.past.trunk)
@@ -474,8 +531,4 @@ class Stream(Iterator[dict[str, Tensor]]):
         if not self.seen:
             raise ValueError("camera_pass needs at least 1 frame: iterate over the stream first.")
         aggregator = self.model.aggregator
-        kind = torch.ones(self.seen, dtype=torch.long)
-        kind[0] = 0
-        batch = self.past.steps[0][0].shape[0]
-        start = aggregator.camera_token[:, kind, 0].expand(batch, -1, -1)
-        return self.model.camera_head(aggregator.camera_pass(self.past, start))
+        return self.model.camera_head(aggregator.camera_pass(self.past))

@@ -68,7 +68,9 @@ def metadata(name_or_path: str | Path) -> dict[str, str]:
     return _header(path, path.read_bytes())[1]
 
 
-def save_weights(model: nn.Module, path: str | Path, about: Mapping[str, str], dtype: torch.dtype = torch.bfloat16) -> None:
+def save_weights(
+    model: nn.Module, path: str | Path, about: Mapping[str, str], dtype: torch.dtype = torch.bfloat16
+) -> None:
     """Write a model's state_dict in 16 bits as safetensors; ``about`` becomes the file's metadata."""
     header, parts, offset = {"__metadata__": dict(about)}, [], 0
     code = {d: c for c, d in _DTYPES.items()}[dtype]
@@ -98,7 +100,9 @@ def read_safetensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str
             dtype, shape, (begin, end) = _DTYPES[entry["dtype"]], entry["shape"], entry["data_offsets"]
             part = data[start + begin : start + end]
             if len(part) != end - begin:
-                raise WeightsError(f"{path.name} is cut short: {name} wants bytes up to {start + end}, got {len(data)}.")
+                raise WeightsError(
+                    f"{path.name} is cut short: {name} wants bytes up to {start + end}, got {len(data)}."
+                )
             raw = torch.from_numpy(np.frombuffer(part, np.uint8).copy()).view(dtype)
             tensors[name] = raw.view(shape).float()
         except (KeyError, TypeError, RuntimeError) as e:

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from ..data import procedural
 from ..methods.more_losses import ForcedAttention, MoreRecipe
 from ..visibility import Visibility
-from .files import MODELS, build, save_weights
+from .files import MODELS, WeightsError, build, read_safetensors, save_weights
 from .geometry import normalised
 
 VALIDATION_SEED = 2**20
@@ -48,7 +48,7 @@ class Config:
         steps: of the whole training.
         seed: of the initial weights and of the clips.
         size: height and width of the clips in pixels.
-        tokens_frames: frames of a batch; batches are of 4, 6, 8 or 12 frames a clip, with as many clips as fit.
+        batch_frames: frames of a batch, which holds as many clips as fit.
         lengths: frames of a clip, drawn for every batch.
         causal: share of the steps that are causal over frames.
         forcing: whether MoRe's attention forcing is part of the loss.
@@ -91,7 +91,9 @@ class Config:
 
     def rate(self, step: int) -> float:
         """Learning rate of a step."""
-        return self.lr * max(0.0, min(1.0, (step + 1) / max(1, self.warmup), (self.steps - step) / max(1, self.cooldown)))
+        return self.lr * max(
+            0.0, min(1.0, (step + 1) / max(1, self.warmup), (self.steps - step) / max(1, self.cooldown))
+        )
 
 
 def recipe(config: Config) -> MoreRecipe:
@@ -240,6 +242,22 @@ class Training:
         self.optimizer.load_state_dict(state["optimizer"])
         self.step, self.rows, self.average = state["step"], state["rows"], state["average"]
 
+    def start_from(self, path: Path) -> list[str]:
+        """Begin with what another model's exported weights have in common with this one, by name and shape.
+
+        The encoder, the comparison of frames and the heads of the two models are the same modules. Returns the names.
+        """
+        tensors = {n.removeprefix("aggregator."): x for n, x in read_safetensors(path)[0].items()}
+        own = dict(self.model.named_parameters())
+        shared = [n for n, x in tensors.items() if n in own and own[n].shape == x.shape]
+        if not shared:
+            raise WeightsError(f"{path} and the model {self.config.model!r} have no parameter in common.")
+        with torch.no_grad():
+            for name in shared:
+                own[name].copy_(tensors[name])
+        self.average = [p.detach().clone() for p in self.model.parameters()]
+        return shared
+
     def advance(self) -> dict[str, float]:
         """One step; returns what is logged.
 
@@ -340,7 +358,9 @@ class Training:
         with open(path, "w", newline="") as f:
             writer = csv.DictWriter(f, names)
             writer.writeheader()
-            writer.writerows({n: f"{x:.5g}" if isinstance(x, float) else x for n, x in row.items()} for row in self.rows)
+            writer.writerows(
+                {n: f"{x:.5g}" if isinstance(x, float) else x for n, x in row.items()} for row in self.rows
+            )
 
 
 def mean_row(rows: list[dict[str, float]]) -> dict[str, float]:
@@ -419,6 +439,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--fp32", dest="bf16", action="store_false", help="no bf16 autocast")
     parser.add_argument("--out", type=Path, required=True, help="folder of checkpoint, log and curves")
     parser.add_argument("--resume", nargs="?", const=True, help="go on from OUT/last.pt, or from the checkpoint given")
+    parser.add_argument(
+        "--start-from", type=Path, help="exported weights, of either model, for what they have in common"
+    )
     parser.add_argument("--cache", type=Path, help="folder where trainings share rendered clips")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="stop after this time")
     parser.add_argument("--device", default="cpu", help="untested elsewhere")
@@ -429,6 +452,8 @@ def main(argv: list[str] | None = None) -> None:
     if args.cache is not None:
         args.cache.mkdir(parents=True, exist_ok=True)
     training = Training(config, args.out, cache=args.cache, device=args.device)
+    if args.start_from is not None:
+        training.start_from(args.start_from)
     if args.resume:
         training.load(None if args.resume is True else Path(args.resume))
     try:
