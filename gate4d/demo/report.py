@@ -18,7 +18,7 @@ from gate4d.data import Clip
 
 from .measure import Curve, Study
 
-FILES = ("curves.png", "overlay.png", "figures.json")
+FILES = ("reconstruction.png", "curves.png", "overlay.png", "figures.json")
 _COLORS = {"maps": "#c0392b", "SDPA + mask": "#e08e0b", "gate4d": "#1a6fb5"}
 _MIB = 2**20
 
@@ -105,7 +105,8 @@ def write_json(path: Path, data: dict) -> None:
     path.write_text(json.dumps(data, indent=2) + "\n")
 
 
-def _pyplot():
+def pyplot():
+    """matplotlib's, drawing into files."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -117,7 +118,7 @@ def _pyplot():
 
 def draw_curves(path: Path, study: Study, subtitle: str) -> None:
     """Frames a second and peak memory against the number of frames."""
-    plt = _pyplot()
+    plt = pyplot()
     from matplotlib.ticker import LogLocator, NullLocator
 
     fig, (speed, memory) = plt.subplots(1, 2, figsize=(12, 5.2), layout="constrained")
@@ -158,15 +159,15 @@ def _mark_stop(axes, curve: Curve, y: float) -> None:
 
 def draw_overlay(path: Path, clip: Clip, motion: torch.Tensor, patch: int, cue: str, columns: int = 5) -> None:
     """A strip of frames; below, the motion scores ``[T, patches]`` that the gate receives laid over them."""
-    plt = _pyplot()
+    plt = pyplot()
     frames, height, width, _ = clip.frames.shape
     shown = np.unique(np.linspace(0, frames - 1, min(columns, frames)).round().astype(int))
     rows = [("frame", lambda t: clip.frames[t].numpy())]
     if clip.motion is not None:
-        rows.append(("true mask", lambda t: _tint(clip.frames[t].numpy(), clip.motion[t].numpy().astype(np.float32))))
+        rows.append(("true mask", lambda t: tint(clip.frames[t].numpy(), clip.motion[t].numpy().astype(np.float32))))
     grid = motion.unflatten(1, (height // patch, width // patch))
     scores = grid.repeat_interleave(patch, 1).repeat_interleave(patch, 2).numpy()
-    rows.append(("score per patch", lambda t: _tint(clip.frames[t].numpy(), scores[t])))
+    rows.append(("score per patch", lambda t: tint(clip.frames[t].numpy(), scores[t])))
     size = (2.6 * len(shown) + 0.3, 2.6 * len(rows) * height / width + 0.8)
     fig, axes = plt.subplots(len(rows), len(shown), figsize=size, layout="constrained", squeeze=False)
     for r, (label, picture) in enumerate(rows):
@@ -182,7 +183,7 @@ def draw_overlay(path: Path, clip: Clip, motion: torch.Tensor, patch: int, cue: 
     plt.close(fig)
 
 
-def _tint(image: np.ndarray, score: np.ndarray) -> np.ndarray:
+def tint(image: np.ndarray, score: np.ndarray) -> np.ndarray:
     """Blend ``image [H, W, 3]`` towards red by ``score [H, W]``, and its static parts towards grey."""
     gray = image.mean(-1, keepdims=True)
     calm = 0.35 * image + 0.65 * (0.75 * gray + 40)

@@ -136,19 +136,22 @@ def rotation(yaw: Array, pitch: Array, roll: Array) -> Array:
     return np.stack([np.stack(row, -1) for row in rows], -2)
 
 
-def random_scene(rng: np.random.Generator, *, dynamic: bool = True, zoom: bool = True) -> Scene:
+def random_scene(
+    rng: np.random.Generator, *, dynamic: bool = True, zoom: bool = True, pace: tuple[float, float] = (0.02, 1.0)
+) -> Scene:
     """A scene drawn from ``rng``; the same state of it gives the same scene.
 
     Args:
         dynamic: one to four of the solids move; otherwise all rest.
         zoom: the field of view may change over time.
+        pace: between which the camera's speed lies, 1 being fast: some 1 % of the depth of the scene a frame.
     """
     terrain = rng.random() < 0.35
     half = rng.uniform((2.2, 1.3, 2.8), (4.5, 2.0, 5.0))
     if terrain:
         half = half * (4.0, 3.0, 4.0)
     ground = half[1]
-    camera = _random_camera(rng, half, terrain, zoom)
+    camera = _random_camera(rng, half, terrain, zoom, pace)
     solids = _random_solids(rng, camera, half, ground, dynamic, terrain)
     return Scene(half, solids, _random_textures(rng, terrain), _random_light(rng, half, terrain), camera)
 
@@ -157,9 +160,11 @@ def _log_uniform(rng: np.random.Generator, low: float, high: float, size: int | 
     return np.exp(rng.uniform(np.log(low), np.log(high), size))
 
 
-def _random_camera(rng: np.random.Generator, half: Array, terrain: bool, zoom: bool) -> Camera:
-    """A slow sway with a little shake; its speed spans two decades, and one camera in seven stands still."""
-    speed = 0.0 if rng.random() < 1 / 7 else _log_uniform(rng, 0.02, 1.0)
+def _random_camera(
+    rng: np.random.Generator, half: Array, terrain: bool, zoom: bool, pace: tuple[float, float]
+) -> Camera:
+    """A slow sway with a little shake; one camera in seven stands still."""
+    speed = 0.0 if rng.random() < 1 / 7 else _log_uniform(rng, *pace)
     turning = 0.0 if speed == 0 else min(1.0, speed * _log_uniform(rng, 0.3, 3.0))
     low, high = np.array([[0.06], [0.6]]), np.array([[0.25], [1.6]])  # Hz: sway and shake
     frequency, phase = rng.uniform(low, high, (2, 2, 3)), rng.random((2, 2, 3))
