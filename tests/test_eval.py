@@ -28,10 +28,14 @@ def clips():
 
 @pytest.fixture
 def weights(tmp_path):
-    path = tmp_path / "small.safetensors"
-    about = {"model": "alternating", "arguments": json.dumps(SMALL), "step": "0", "seed": "0"}
-    save_weights(small(), path, about)
-    return path
+    """Files of untrained models by name."""
+    arguments = {"alternating": SMALL, "recurrent": {"encoder": 1, "state": 4, "memory": 2, "widths": [8, 16]}}
+    paths = {name: tmp_path / f"{name}.safetensors" for name in arguments}
+    for name, path in paths.items():
+        torch.manual_seed(0)
+        about = {"model": name, "arguments": json.dumps(arguments[name]), "step": "0", "seed": "0"}
+        save_weights(build(name, **arguments[name]), path, about)
+    return paths
 
 
 def knowing(scale=3.0, **changes):
@@ -125,21 +129,25 @@ def test_true_masks_drop_what_moves(clips):
 def test_command_measures_skips_and_says_so(weights, tmp_path, capsys):
     out, doc = tmp_path / "eval.json", tmp_path / "doc.md"
     common = ["eval", "--clips", "2", "--frames", "4", "--long-clips", "1", "--lengths", "2,4", "--size", "32", "40"]
-    assert main([*common, "--alternating", str(weights), "--json", str(out)]) == 0
+    files = [word for name, path in weights.items() for word in (f"--{name}", str(path))]
+    assert main([*common, *files, "--json", str(out)]) == 0
     printed = capsys.readouterr().out.splitlines()
     assert max(len(line) for line in printed if str(out) not in line) <= 80
     assert any(line.startswith("skipped, --unforced names no weights") for line in printed)
     result = json.loads(out.read_text())
-    rows = {row["system"]: row for row in result["rows"]}
+    rows = {row["system"]: row for row in result["rows"]}  # of a recurrent system, the longest
     for system in systems():
         row = rows[system.name]
-        if system.weights == "alternating":
+        if system.weights != "unforced":
             assert row["skipped"] is None
+            assert row["frames"] == 4
             assert 0 < row["abs_rel"] < 10
             assert 0 <= row["iou"] <= 1
-            assert len(row["per_clip"]["rpe_rotation"]) == 2
-        elif system.weights == "unforced":
+            assert len(row["per_clip"]["rpe_rotation"]) == (1 if system.weights == "recurrent" else 2)
+        else:
             assert "unforced" in row["skipped"]
+    gated = [row for row in result["rows"] if row["system"] in ("CUT3R-style", "MUT3R") and row["frames"] == 4]
+    assert gated[0]["per_clip"]["abs_rel"] != gated[1]["per_clip"]["abs_rel"]
     assert rows["early masking, true masks"]["iou"] == 1
     doc.write_text("a\n<!-- begin: gate4d eval -->\nold\n<!-- end: gate4d eval -->\nz\n")
     assert main(["eval", "--markdown", str(out), "--into", str(doc)]) == 0
@@ -147,6 +155,16 @@ def test_command_measures_skips_and_says_so(weights, tmp_path, capsys):
     assert text.startswith("a\n<!-- begin")
     assert "old" not in text
     assert all(f"| {name} |" in text for name in rows)
+
+
+def test_weights_of_another_model_are_refused(weights, capsys):
+    assert main(["eval", "--recurrent", str(weights["alternating"]), "--only", "TTT3R"]) == 2
+    assert "--recurrent" in capsys.readouterr().err
+
+
+def test_nothing_to_measure_is_status_1(capsys):
+    assert main(["eval", "--only", "no forcing"]) == 1
+    assert "skipped, --unforced names no weights" in capsys.readouterr().out
 
 
 def test_table_fits_whatever_the_figures():

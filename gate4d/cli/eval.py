@@ -33,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--recurrent", metavar="WEIGHTS", default="recurrent", help="name or file (default: shipped)")
     parser.add_argument("--clips", type=int, default=32, help="clips of the rows over one clip at once (default 32)")
     parser.add_argument("--frames", type=int, default=16, help="frames of these clips (default 16)")
-    parser.add_argument("--long-clips", type=int, default=8, help="clips of the recurrent rows (default 8)")
+    parser.add_argument("--long-clips", type=int, default=4, help="clips of the recurrent rows (default 4)")
     parser.add_argument("--lengths", default="10,30,100,300", help="frames of these clips (default 10,30,100,300)")
     parser.add_argument("--size", type=int, nargs=2, default=(64, 80), metavar=("HEIGHT", "WIDTH"), help="pixels")
     parser.add_argument("--only", metavar="WORD", help="rows whose name holds this word alone")

@@ -33,7 +33,7 @@ class Outcome:
 
     Attributes:
         poses: fp64 ``[T, 4, 4]``, camera to world. depth, motion: ``[T, H, W]``.
-        seconds, peak_bytes: of the run, the fastest of three; memory above the loaded model.
+        seconds, peak_bytes: of the run, the fastest of a few; memory above the loaded model.
         ate, rpe_rotation, abs_rel, iou: against the truth, None where it is not known; ATE in units of the first
             frame's mean depth.
     """
@@ -62,36 +62,37 @@ class Outcome:
 
 
 @torch.no_grad()
-def reconstruct(model: nn.Module, clip: Clip, repeats: int = 3) -> list[Outcome]:
+def reconstruct(model: nn.Module, clip: Clip, repeats: int = 2) -> list[Outcome]:
     """The clip through an alternating model in three ways: see ``ABOUT``.
 
     The gates drop what the run without them found to move, so "gates" stands for two runs. Masks and depth are those
     of the first run, cameras those of the second.
     """
-    images = (clip.frames.permute(0, 3, 1, 2).float() / 255)[None]
+    whole = (clip.frames.permute(0, 3, 1, 2).float() / 255)[None]
 
-    def gated() -> dict[str, Tensor]:
+    def gated(images: Tensor) -> dict[str, Tensor]:
         out = model(images)
         return {**out, "pose_enc": early_masking(model, images, out["motion"][0] > 0)["pose_enc"]}
 
-    def stream() -> dict[str, Tensor]:
+    def stream(images: Tensor) -> dict[str, Tensor]:
         running = model.stream(images)
         steps = list(running)
         out = {name: torch.cat([s[name] for s in steps], dim=1) for name in ("depth", "motion")}
         return {**out, "pose_enc": running.camera_pass()}
 
-    ways: dict[str, Callable[[], dict[str, Tensor]]] = {"no gates": lambda: model(images), "gates": gated}
-    ways["stream"] = stream
-    return [_measured(name, way, clip, repeats) for name, way in ways.items()]
+    ways: dict[str, Callable[[Tensor], dict[str, Tensor]]] = {"no gates": model, "gates": gated, "stream": stream}
+    return [_measured(name, way, whole, clip, repeats) for name, way in ways.items()]
 
 
-def _measured(name: str, way: Callable[[], dict[str, Tensor]], clip: Clip, repeats: int) -> Outcome:
-    way()  # warm-up
+def _measured(
+    name: str, way: Callable[[Tensor], dict[str, Tensor]], images: Tensor, clip: Clip, repeats: int
+) -> Outcome:
+    way(images[:, :2])  # warm-up
     meter, seconds = MemoryMeter(), []
     meter.start()
     for _ in range(repeats):
         begin = time.perf_counter()
-        out = way()
+        out = way(images)
         seconds.append(time.perf_counter() - begin)
     size = out["depth"].shape[2:4]
     poses = invert(decode_pose(out["pose_enc"][0].double(), *size)[0]).numpy()
@@ -141,13 +142,13 @@ def draw(path: Path, clip: Clip, outcomes: list[Outcome], columns: int = 6) -> N
     if clip.motion is not None:
         rows.append(("true motion", lambda t: (tint(images[t], clip.motion[t].numpy().astype(np.float32)), {})))
     rows.append(("motion found", lambda t: (tint(images[t], plain.motion[t].astype(np.float32)), {})))
-    low, high = np.quantile(1 / plain.depth, (0.01, 0.99))
+    inverse = 1 / plain.depth
     if clip.depth is not None:
-        scale = float(np.median(plain.depth) / np.median(clip.depth))
-        low, high = np.quantile(1 / (clip.depth.numpy() * scale), (0.01, 0.99))
-        style = {"cmap": "magma", "vmin": low, "vmax": high}
-        rows.append(("true depth", lambda t: (1 / (clip.depth[t].numpy() * scale), style)))
-    rows.append(("depth found", lambda t: (1 / plain.depth[t], {"cmap": "magma", "vmin": low, "vmax": high})))
+        true = np.median(clip.depth) / np.median(plain.depth) / clip.depth.numpy()  # in the model's unit
+        rows.append(("true depth", lambda t: (true[t], colors)))
+    low, high = np.quantile(inverse if clip.depth is None else true, (0.01, 0.99))
+    colors = {"cmap": "magma", "vmin": low, "vmax": high}
+    rows.append(("depth found", lambda t: (inverse[t], colors)))
 
     strip = 2.1 * len(rows) * height / width * len(shown) / 6
     fig = plt.figure(figsize=(13, strip + 4.6), layout="constrained")

@@ -24,6 +24,7 @@ from .scene import RATE, Scene, random_scene
 __all__ = ["batches", "evaluation_clips", "render_clip", "render_scenes"]
 
 _TRAINING, _EVALUATION, _SINGLE = range(3)  # first words of the seeds, so that no two purposes share a scene
+_BRISK = (0.25, 1.0)  # pace of the cameras that are to be looked at
 
 
 def batches(
@@ -87,7 +88,7 @@ def evaluation_clips(frames: int, height: int, width: int, count: int = 16) -> I
     """
     _check(frames=frames, height=height, width=width, count=count)
     draws = (np.random.default_rng([_EVALUATION, i]) for i in range(count))
-    scenes = (random_scene(rng, dynamic=i % 5 != 4, pace=(0.25, 1.0)) for i, rng in enumerate(draws))
+    scenes = (random_scene(rng, dynamic=i % 5 != 4, pace=_BRISK) for i, rng in enumerate(draws))
     return (render_scenes([scene], frames, height, width) for scene in scenes)
 
 
@@ -112,7 +113,7 @@ def render_clip(
     _check_time(frame_rate, 1)
     if not isinstance(seed, int) or seed < 0:
         raise ValueError(f"seed must be an int >= 0, got {seed!r}.")
-    scene = random_scene(np.random.default_rng([_SINGLE, seed]), zoom=False)
+    scene = random_scene(np.random.default_rng([_SINGLE, seed]), zoom=False, pace=_BRISK)
     parts, poses, intrinsics = describe(scene, np.arange(frames) / frame_rate, height, width)
     color, depth, motion = render(parts, height, width)
     rgb = (255 * color.clamp(0, 1).sqrt()).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous()
