@@ -9,8 +9,10 @@ import torch
 from gate4d.cli.eval import LEGEND, table
 from gate4d.cli.main import main
 from gate4d.data.procedural import evaluation_clips
+from gate4d.evaluation import recipe
 from gate4d.evaluation.study import measure
 from gate4d.evaluation.systems import Prediction, System, _full, _masked, systems, token_causal
+from gate4d.methods.masks import patch_masks
 from gate4d.models import build, save_weights
 
 SMALL = {"dim": 48, "heads": 2, "depth": 4, "widths": [8, 16]}
@@ -138,7 +140,9 @@ def test_command_measures_skips_and_says_so(weights, tmp_path, capsys):
     rows = {row["system"]: row for row in result["rows"]}  # of a recurrent system, the longest
     for system in systems():
         row = rows[system.name]
-        if system.weights != "unforced":
+        if not system.weights:
+            assert row["abs_rel"] > 0
+        elif system.weights != "unforced":
             assert row["skipped"] is None
             assert row["frames"] == 4
             assert 0 < row["abs_rel"] < 10
@@ -155,6 +159,32 @@ def test_command_measures_skips_and_says_so(weights, tmp_path, capsys):
     assert text.startswith("a\n<!-- begin")
     assert "old" not in text
     assert all(f"| {name} |" in text for name in rows)
+
+
+def test_the_row_without_a_model(clips):
+    row = measure(systems()[0], None, clips, [6])[0]
+    moved = clips[1].poses[0, :, :3, 3] / clips[1].depth[0, 0].mean()
+    spread = (moved - moved.mean(0)).square().sum(1).mean().sqrt()
+    np.testing.assert_allclose(row.per_clip["ate"][1], spread, rtol=1e-4)
+    assert row.iou == 0
+
+
+def test_recipe_search_finds_the_map_that_shows_motion(clips):
+    """Keys of moving patches are made alike, so their mean products stand out in the block where that was done."""
+    model = small()
+
+    def show(q, k, scale):
+        layout = model.aggregator.layout(clips[0].images)
+        moving = patch_masks(clips[0].motion[0], (4, 5))
+        tokens = layout.token_scores(moving[None].float()).bool()
+        k[:, :, tokens[0]] = 3.0
+
+    model.aggregator.global_blocks[2].attn.control.observers.append(show)
+    best = recipe.search(model, clips[:1])
+    assert best[0][1] > 0.95
+    assert any("kk" in name and "2" in name for name, _ in best[0][2])
+    with pytest.raises(ValueError, match="moving and resting"):
+        recipe.search(model, clips[1:2])
 
 
 def test_weights_of_another_model_are_refused(weights, capsys):

@@ -33,7 +33,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--strength", type=float, default=1.0, help="the gate's exponent (default 1)")
     parser.add_argument("--window", type=int, help="frames a query looks back on, its own included (default: all)")
     parser.add_argument("--sinks", type=int, default=0, help="leading frames that stay visible beside the window")
-    parser.add_argument("--budget", type=float, default=40.0, help="seconds for the speed table, shared out (default 40)")
+    parser.add_argument(
+        "--budget", type=float, default=40.0, help="seconds for the speed table, shared out (default 40)"
+    )
     parser.add_argument(
         "--max-gib", type=float, help="memory limit of an implementation (default: half of what is free)"
     )

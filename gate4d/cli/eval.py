@@ -75,7 +75,7 @@ def run(args: argparse.Namespace) -> int:
     models, missing, about = _models(args, {s.weights for s in rows})
     began, results = time.perf_counter(), []
     clips = {}  # rendered when the first row needs them
-    sizes = {"alternating": (args.clips, [args.frames]), "unforced": (args.clips, [args.frames])}
+    sizes = dict.fromkeys(("", "alternating", "unforced"), (args.clips, [args.frames]))
     sizes["recurrent"] = args.long_clips, lengths
     work = sum(sizes[s.weights][0] for s in rows if s.weights in models)
     with _progress(work) as step:
@@ -175,7 +175,7 @@ def _models(args: argparse.Namespace, needed: set[str]) -> tuple[dict, dict[str,
     from gate4d.models import load as load_model
     from gate4d.models import metadata
 
-    models, missing, about = {}, {}, {}
+    models, missing, about = {"": None}, {}, {}
     for kind in ("alternating", "unforced", "recurrent"):
         if kind not in needed:
             continue

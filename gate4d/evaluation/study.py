@@ -98,7 +98,7 @@ def measure(
             progress()
     for row, values, spent, count in zip(rows, found, seconds, frames, strict=True):
         _reduce(row, values)
-        row.fps = count / spent if count else np.nan
+        row.fps = count / spent if count and model is not None else np.nan
     return rows
 
 

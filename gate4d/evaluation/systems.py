@@ -21,11 +21,12 @@ from ..models.geometry import decode_pose, invert
 from ..saliency.gram import GramMap, GramRecipe
 from ..visibility import Visibility
 
-# VGGT4D's recipe speaks of 24 blocks. This one is for the four of the small alternating model.
+# VGGT4D's recipe speaks of 24 blocks. This one is for the four of the small alternating model: see .recipe.
 SHALLOW = GramRecipe(
     {
-        "mean": GramMap("qk", (2, 3), "mean", inverted=True),
-        "std": GramMap("qq", (1,), "std"),
+        "S_deep": GramMap("kk", (3,), "mean"),
+        "S_mid": GramMap("qk", (1,), "mean"),
+        "V_sh": GramMap("qq", (0,), "std", inverted=True),
     },
     window=(-3, -2, -1, 1, 2, 3),
 )
@@ -47,7 +48,7 @@ class System:
     Attributes:
         group: heading above it.
         name: what it is.
-        weights: which weights it needs: ``"alternating"``, ``"unforced"`` or ``"recurrent"``.
+        weights: which weights it needs: ``"alternating"``, ``"unforced"``, ``"recurrent"`` or, none, ``""``.
         run: model in eval mode and a batch of one clip to a :class:`Prediction`.
         causal: whether the first frames of a clip come out as they would alone.
         note: for the reader of the table.
@@ -68,6 +69,13 @@ def _prediction(out: dict[str, Tensor], pose_enc: Tensor | None = None, motion: 
     size = out["depth"].shape[2:4]
     poses = invert(decode_pose(pose_enc[0].double(), *size)[0])
     return Prediction(poses.cpu().numpy(), out["depth"][0, ..., 0].float().cpu().numpy(), motion.cpu().numpy())
+
+
+def _nothing(model: None, clip: Batch) -> Prediction:
+    """A camera that stands still, equal depth, no motion: what a figure is worth shows beside it."""
+    frames, height, width = clip.depth.shape[1:]
+    poses = np.tile(np.eye(4), (frames, 1, 1))
+    return Prediction(poses, np.ones((frames, height, width)), np.zeros((frames, height, width), bool))
 
 
 def _full(model: nn.Module, clip: Batch) -> Prediction:
@@ -156,6 +164,7 @@ def systems() -> list[System]:
     clip, memory = "alternating model", "recurrent model"
     frozen = "untrained for it"
     rows = [
+        System(clip, "nothing moves, depth is equal", "", _nothing, True, "no model"),
         System(clip, "full attention", "alternating", _full),
         System(clip, "MoRe, frame-causal", "alternating", _causal, True),
         System(clip, "MoRe + camera pass", "alternating", partial(_causal, camera_pass=True)),
