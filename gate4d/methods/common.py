@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..integrations.table import AttentionRow
+from ..integrations.table import AttentionRow, AttentionTable
 
 
 def require_family(method: str, rows: Iterable[AttentionRow], *families: str) -> None:
@@ -138,20 +138,33 @@ def recurrent_steps(
         fresh = renew_pose and bool(view["reset"].all())
 
 
-class Rollout:
-    """Takes the place of a CUT3R model's ``_recurrent_rollout``, through which all of its loops go.
+class RecurrentMethod:
+    """A method inside a CUT3R model's ``_recurrent_rollout``, through which all of the model's loops go.
 
-    An object and no closure, so that a patched model can be copied and pickled.
+    It takes the place of the rollout as an object and no closure, so that a patched model can be copied and pickled.
+    A method has a ``rollout``, and makes its frames and its result.
 
-    Args:
+    Attributes:
         model: the model.
-        rollout: called as ``rollout(call, state, init_state)``, where ``call()`` is the model's own rollout with the
-            arguments at hand; returns what that returns, the new state ``[B, S, C]`` first.
+        renew_pose: see :func:`recurrent_steps`.
     """
 
-    def __init__(self, model: nn.Module, rollout: Callable[[Callable[[], Any], Tensor, Tensor], Any]):
-        self.model, self.rollout = model, rollout
-        model.__dict__["_recurrent_rollout"] = self
+    renew_pose = False
+
+    def __init__(self, name: str, model: nn.Module, table: AttentionTable):
+        """Raises ValueError if the model is not of the family."""
+        require_family(name, table.select("state") or table, "cut3r")
+        require_parts(name, model, RECURRENT_PARTS)
+        self.model = model
+
+    def install(self) -> None:
+        """Take the place of the model's rollout."""
+        self.model.__dict__["_recurrent_rollout"] = self
+
+    def close(self) -> None:
+        """Give the model its own rollout back, unless somebody replaced this one."""
+        if self.model.__dict__.get("_recurrent_rollout") is self:
+            del self.model.__dict__["_recurrent_rollout"]
 
     def __call__(
         self, state_feat: Tensor, state_pos: Any, current_feat: Any, current_pos: Any, pose_feat: Any, pose_pos: Any,
@@ -161,10 +174,42 @@ class Rollout:
         original = type(self.model)._recurrent_rollout
         return self.rollout(lambda: original(self.model, *args, **masks), state_feat, init_state_feat)
 
-    def remove(self) -> None:
-        """Give the model its own rollout back, unless somebody replaced this one."""
-        if self.model.__dict__.get("_recurrent_rollout") is self:
-            del self.model.__dict__["_recurrent_rollout"]
+    def rollout(self, call: Callable[[], Any], old: Tensor, init: Tensor) -> Any:
+        """What the rollout ``call()`` becomes, from the state ``old [B, S, C]``; ``init`` is the initial state.
+
+        Returns what ``call()`` returns, the new state first.
+        """
+        raise NotImplementedError
+
+    def views(self, frames: Any) -> Iterator[dict[str, Any]]:
+        """The views of a clip."""
+        return recurrent_views(frames, device=next(self.model.parameters()).device)
+
+    def frame(self, prediction: Any, state: Tensor) -> Any:
+        """What a stream yields for a frame."""
+        raise NotImplementedError
+
+    def result(self, steps: list[Any]) -> Any:
+        """What a run returns for the frames of a stream."""
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def stream(self, frames: Any) -> Iterator[Any]:
+        """Frame by frame, with memory that does not grow; arguments and errors as :meth:`run`."""
+        for prediction, state in recurrent_steps(self.model, self.views(frames), renew_pose=self.renew_pose):
+            yield self.frame(prediction, state)
+
+    def run(self, frames: Any) -> Any:
+        """The whole clip.
+
+        Args:
+            frames: images ``[T, 3, H, W]`` in [0, 1], sides multiples of the model's patch size, or an iterable of
+                images ``[3, H, W]``, ``[B, 3, H, W]`` or of CUT3R's view dicts. One frame is enough.
+
+        Raises:
+            ValueError, TypeError: frames differ in size, are no images, or there are none.
+        """
+        return self.result(list(self.stream(frames)))
 
 
 RECURRENT_PARTS = ("_forward_encoder", "_encode_views", "_forward_decoder_step", "_recurrent_rollout")
@@ -195,3 +240,36 @@ def clip_images(frames: Any, patch: int, *, device: torch.device) -> Tensor:
     if images.shape[3] % patch or images.shape[4] % patch:
         raise ValueError(f"frames must have sides that are multiples of {patch} pixels, got {list(frames.shape)}.")
     return images.to(device)
+
+
+def patch_size(model: nn.Module) -> int:
+    """Side of a model's square patches in pixels.
+
+    Raises:
+        ValueError: it is not to be seen from the aggregator, the patch embedding or its first convolution.
+    """
+    for owner in (getattr(model, "aggregator", None), getattr(model, "patch_embed", None)):
+        size = getattr(owner, "patch_size", None)
+        if isinstance(size, (tuple, list)) and len(set(size)) == 1:
+            size = size[0]
+        if isinstance(size, int):
+            return size
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d) and module.in_channels == 3:
+            if module.kernel_size == module.stride and len(set(module.stride)) == 1:
+                return module.stride[0]
+            break
+    raise ValueError(f"model must show its patch size (patch_embed.patch_size), {type(model).__name__} does not.")
+
+
+def grid_of(patches: int, size: tuple[int, int]) -> tuple[int, int]:
+    """Rows and columns of ``patches`` square patches that tile an image of ``size`` (height, width).
+
+    Raises:
+        ValueError: no square patches do.
+    """
+    side = round((size[0] * size[1] / patches) ** 0.5)
+    grid = size[0] // max(1, side), size[1] // max(1, side)
+    if grid[0] * grid[1] != patches:
+        raise ValueError(f"patches must tile an image of {size[0]}x{size[1]} pixels with squares, got {patches}.")
+    return grid
