@@ -25,21 +25,22 @@ def require_parts(method: str, owner: nn.Module, names: Iterable[str]) -> None:
         raise ValueError(f"method {method!r} drives {type(owner).__name__} through {missing}, which it lacks.")
 
 
-def recurrent_views(frames: Any, *, device: torch.device) -> Iterator[dict[str, Any]]:
+def recurrent_views(frames: Any, *, device: torch.device, patch: int = 1) -> Iterator[dict[str, Any]]:
     """Views of the CUT3R family, one by one, from images or from views.
 
     Args:
         frames: images ``[T, 3, H, W]`` in [0, 1], or an iterable (a generator too) of images ``[3, H, W]`` or
             ``[B, 3, H, W]`` or of the model's own view dicts, which are passed on with missing keys filled in.
+        patch: the sides are multiples of it.
 
     Raises:
         TypeError: something in it is neither.
-        ValueError: an image has another shape than those before, or there is no frame.
+        ValueError: an image does not fit, has another shape than those before, or there is no frame.
     """
     size, number = None, -1
     for number, frame in enumerate(frames):
         view = dict(frame) if isinstance(frame, dict) else {"img": frame}
-        image = _image(number, view.get("img"), " or a view dict with one")
+        image = _image(number, view.get("img"), patch, " or a view dict with one", unit=not isinstance(frame, dict))
         if not isinstance(frame, dict):
             view["img"] = image = image.to(device) * 2 - 1
         size = _same_size(number, image, size)
@@ -73,26 +74,35 @@ def stream_images(
     """
     size, number = None, -1
     for number, frame in enumerate(frames.unbind(1) if isinstance(frames, Tensor) and frames.dim() == 5 else frames):
-        image = _image(number, frame)
-        if not image.numel() or image.shape[2] % patch or image.shape[3] % patch:
-            raise ValueError(
-                f"frame {number} must have sides that are multiples of {patch} pixels, got {list(image.shape)}."
-            )
+        image = _image(number, frame, patch)
         size = _same_size(number, image, size) if one_size else size
         yield image.to(device, dtype)
     if number < 0:
         raise ValueError("frames must hold at least 1 frame, got none.")
 
 
-def _image(number: int, image: Any, more: str = "") -> Tensor:
-    """``[3, H, W]`` or ``[B, 3, H, W]`` as the latter."""
+def _image(number: int, image: Any, patch: int, more: str = "", *, unit: bool = True) -> Tensor:
+    """``[3, H, W]`` or ``[B, 3, H, W]`` as the latter; ``unit``: in [0, 1] (CUT3R's views without image hold NaN)."""
     if not isinstance(image, Tensor) or not image.is_floating_point():
         what = f"a {image.dtype} tensor" if isinstance(image, Tensor) else type(image).__name__
         raise TypeError(f"frame {number} must be a floating-point image{more}, got {what}.")
     image = image[None] if image.dim() == 3 else image
     if image.dim() != 4 or image.shape[1] != 3:
         raise ValueError(f"frame {number} must have shape [3, H, W] or [B, 3, H, W], got {list(image.shape)}.")
+    if not image.numel() or image.shape[2] % patch or image.shape[3] % patch:
+        raise ValueError(
+            f"frame {number} must have sides that are multiples of {patch} pixels, got {list(image.shape)}."
+        )
+    if unit:
+        _check_range(f"frame {number}", image)
     return image
+
+
+def _check_range(name: str, image: Tensor) -> None:
+    """ValueError for NaN, and for values that are not those of an image; resizing may overshoot a little."""
+    low, high = (float(x) for x in image.aminmax())
+    if not (low >= -0.1 and high <= 1.1):
+        raise ValueError(f"{name} must hold values in [0, 1], got [{low:.3g}, {high:.3g}].")
 
 
 def _same_size(number: int, image: Tensor, size: torch.Size | None) -> torch.Size:
@@ -156,6 +166,7 @@ class RecurrentMethod:
         require_family(name, table.select("state") or table, "cut3r")
         require_parts(name, model, RECURRENT_PARTS)
         self.model = model
+        self.patch = patch_size(model, default=1)
 
     def install(self) -> None:
         """Take the place of the model's rollout."""
@@ -183,7 +194,7 @@ class RecurrentMethod:
 
     def views(self, frames: Any) -> Iterator[dict[str, Any]]:
         """The views of a clip."""
-        return recurrent_views(frames, device=next(self.model.parameters()).device)
+        return recurrent_views(frames, device=next(self.model.parameters()).device, patch=self.patch)
 
     def frame(self, prediction: Any, state: Tensor) -> Any:
         """What a stream yields for a frame."""
@@ -224,10 +235,14 @@ def clip_images(frames: Any, patch: int, *, device: torch.device) -> Tensor:
 
     Raises:
         TypeError: the images are not floating point.
-        ValueError: the images differ in size, are not one clip, or do not divide into patches.
+        ValueError: the images differ in size, are not one clip, do not divide into patches, or are not in [0, 1].
     """
     if not isinstance(frames, Tensor):
         frames = list(frames)
+        if not all(isinstance(frame, Tensor) for frame in frames):
+            raise TypeError(
+                f"frames must hold image tensors, got {sorted({type(frame).__name__ for frame in frames})}."
+            )
         sizes = {tuple(frame.shape) for frame in frames}
         if len(sizes) != 1:
             raise ValueError(f"frames must hold images of one size, at least one, got sizes {sorted(sizes)}.")
@@ -239,14 +254,16 @@ def clip_images(frames: Any, patch: int, *, device: torch.device) -> Tensor:
         raise ValueError(f"frames must be one clip [T, 3, H, W] or [1, T, 3, H, W], got {list(frames.shape)}.")
     if images.shape[3] % patch or images.shape[4] % patch:
         raise ValueError(f"frames must have sides that are multiples of {patch} pixels, got {list(frames.shape)}.")
+    _check_range("frames", images)
     return images.to(device)
 
 
-def patch_size(model: nn.Module) -> int:
-    """Side of a model's square patches in pixels.
+def patch_size(model: nn.Module, default: int | None = None) -> int:
+    """Side of a model's square patches in pixels; ``default`` where it does not show.
 
     Raises:
-        ValueError: it is not to be seen from the aggregator, the patch embedding or its first convolution.
+        ValueError: neither the aggregator nor the patch embedding nor the first convolution of an image shows it, and
+            there is no default.
     """
     for owner in (getattr(model, "aggregator", None), getattr(model, "patch_embed", None)):
         size = getattr(owner, "patch_size", None)
@@ -259,6 +276,8 @@ def patch_size(model: nn.Module) -> int:
             if module.kernel_size == module.stride and len(set(module.stride)) == 1:
                 return module.stride[0]
             break
+    if default is not None:
+        return default
     raise ValueError(f"model must show its patch size (patch_embed.patch_size), {type(model).__name__} does not.")
 
 

@@ -88,6 +88,7 @@ def collect(result: Any, size: tuple[int, int]) -> Outputs:
     A warning says so wherever nothing, or everything, moves.
 
     Raises:
+        ValueError: the frames are not of that size.
         ImportError: scikit-image is missing (MUT3R).
     """
     masks, motion = getattr(result, "masks", None), getattr(result, "motion", None)
@@ -101,6 +102,9 @@ def collect(result: Any, size: tuple[int, int]) -> Outputs:
         heat = F.interpolate(patches, size=size, mode="bilinear")[:, 0]
         masks = _thresholded(heat)
     elif isinstance(motion, list) and motion[0] is not None:
+        sizes = {tuple(x.shape[-2:]) for x in motion}
+        if sizes != {size}:
+            raise ValueError(f"result must be of a clip whose frames all have the size {size}, got {sorted(sizes)}.")
         masks = torch.stack([x[0] for x in motion]).cpu()
         if masks.all() or not masks.any():
             what = "every pixel moves: the masks are full" if masks.all() else "nothing moves: the masks are empty"
@@ -140,7 +144,7 @@ def _stacked(predictions: list[dict[str, Any]], names: tuple[str, ...], dims: in
     for name in names:
         found = [p[name][0] for p in predictions if isinstance(p.get(name), Tensor)]
         found = [x[0] if x.dim() == dims + 1 else x for x in found]
-        if found and len(found) == len(predictions) and {x.dim() for x in found} == {dims}:
+        if len(found) == len(predictions) and len({x.shape for x in found}) == 1 and found[0].dim() == dims:
             return torch.stack(found).float().cpu()
     return None
 
