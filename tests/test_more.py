@@ -310,3 +310,22 @@ def test_one_frame_is_the_plain_model():
         result = handle.run(images)
     torch.testing.assert_close(result.predictions[0]["pose"], plain["pose"])
     torch.testing.assert_close(result.cameras, plain["pose"])
+
+
+@torch.no_grad()
+def test_a_model_with_a_stream_of_its_own():
+    alternating = pytest.importorskip("gate4d.models.alternating")
+    if not hasattr(alternating, "AlternatingModel"):
+        pytest.skip("this model is not there yet")
+    model, images = alternating.AlternatingModel(dim=64, heads=2, depth=2, trunk=1).eval(), torch.rand(1, 6, 3, 32, 48)
+    forward = model(images, causal=True, camera_pass=True)
+    with gate4d.patch(model, method="more") as handle:
+        result = handle.run(images)
+        with pytest.raises(ValueError, match="all frames must have one size"):
+            handle.run([torch.rand(3, 32, 48), torch.rand(3, 32, 64)])
+    with gate4d.patch(model, method="more", window=2, anchors=1) as handle:
+        assert handle.run(images).refined.tolist() == [True, False, False, False, True, True]
+    streamed = torch.cat([p["pose_enc"] for p in result.predictions], dim=1)
+    torch.testing.assert_close(streamed, forward["pose_enc"])
+    torch.testing.assert_close(result.cameras, forward["global_pose_enc"])
+    assert torch.equal(torch.stack(result.motion, dim=1), torch.cat([p["motion"] for p in result.predictions], 1) > 0)
