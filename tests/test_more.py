@@ -212,6 +212,18 @@ def test_a_long_stream_holds_no_more_than_a_short_one():
     assert held[300] <= held[20]
 
 
+@torch.no_grad()
+def test_compiled():
+    """A size seen only by compiled code is known to the mask, too."""
+    model = build()
+    with gate4d.patch(model, method="more"):
+        torch._dynamo.reset()
+        compiled = torch.compile(model, backend="eager")
+        for images in (clip(), clip(rows=3)):
+            result = compiled(images)["pose"]
+            torch.testing.assert_close(result, model(images)["pose"])
+
+
 def test_a_training_step_under_the_patch():
     """Gradients of the causal forward against dense masks, and attention forcing on what an observer sees."""
     images = clip(3)

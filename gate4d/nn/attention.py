@@ -93,8 +93,7 @@ class AttentionControl:
             cache.append(k, v)
             keys = cache.num_tokens
             out = cache.attend(q, gate=gate, scale=scale, backend=self.backend)
-        if not torch.compiler.is_compiling():
-            self.tokens = (q.shape[2], keys)
+        self.tokens = (q.shape[2], keys)
         return out
 
 
