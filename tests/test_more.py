@@ -213,15 +213,15 @@ def test_a_long_stream_holds_no_more_than_a_short_one():
 
 
 @torch.no_grad()
-def test_compiled():
-    """A size seen only by compiled code is known to the mask, too."""
+def test_compiled_blocks_know_their_frames():
+    """The mask of a global block takes the size of a frame from the frame block before it, compiled or not."""
     model = build()
-    with gate4d.patch(model, method="more"):
+    with gate4d.patch(model, method="more") as handle:
         torch._dynamo.reset()
-        compiled = torch.compile(model, backend="eager")
-        for images in (clip(), clip(rows=3)):
-            result = compiled(images)["pose"]
-            torch.testing.assert_close(result, model(images)["pose"])
+        compiled = torch.compile(model.aggregator.frame_blocks[0], backend="eager")
+        for tokens in (7, 9):
+            compiled(torch.rand(3, tokens, 32), pos=torch.zeros(3, tokens, 2, dtype=torch.long))
+            assert handle.table.select("frame")[0].tokens == (tokens, tokens)
 
 
 def test_a_training_step_under_the_patch():
