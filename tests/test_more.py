@@ -195,7 +195,7 @@ def test_streams_by_turns_and_a_forward_between():
 
 @torch.no_grad()
 def test_a_long_stream_holds_no_more_than_a_short_one():
-    model = build()
+    model = build(depth=1)
     earlier = {id(x): x for x in gc.get_objects()}  # kept, so that no id is given away again
     held = {}
     with gate4d.patch(model, method="more", window=3, anchors=1) as handle:
