@@ -2,6 +2,11 @@
 
 import copy
 import gc
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -341,3 +346,16 @@ def test_a_model_with_a_stream_of_its_own():
     torch.testing.assert_close(streamed, forward["pose_enc"])
     torch.testing.assert_close(result.cameras, forward["global_pose_enc"])
     assert torch.equal(torch.stack(result.motion, dim=1), torch.cat([p["motion"] for p in result.predictions], 1) > 0)
+
+
+@pytest.mark.parametrize("name", ["VGGT", "STREAMVGGT", "STREAM3R"])
+def test_real_checkouts(name):
+    if f"GATE4D_UPSTREAM_{name}" not in os.environ:
+        pytest.skip(f"GATE4D_UPSTREAM_{name} does not name a checkout")
+    script = Path(__file__).parent / "upstream_more.py"
+    done = subprocess.run([sys.executable, script, name], capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-3000:]
+    report = json.loads(done.stdout.splitlines()[-1])
+    assert report["pose"] <= 1e-5
+    assert report["depth"] <= 1e-5
+    assert report["camera pass"] > 1e-3
