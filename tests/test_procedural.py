@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from gate4d.data.procedural import batches, evaluation_clips, render_clip, render_scenes
-from gate4d.data.procedural.render import describe, render
+from gate4d.data.procedural.render import describe, join, render
 from gate4d.data.procedural.scene import BALLS, ROUND, SOLIDS, Camera, Solids, Waves, random_scene
 
 NOW = np.zeros(1)
@@ -190,6 +190,15 @@ def test_static_points_reproject_onto_each_other():
     assert error[static].median() < 0.005  # what is left is the rounding to whole pixels
     assert (error[static] < 0.05).double().mean() > 0.93  # the rest is hidden behind a resting solid
     assert (error[moved] > 0.02).double().mean() > 0.4
+
+
+def test_scenes_rendered_together_are_those_rendered_alone():
+    """The way of a GPU: all clips at once, also where a solid is in some of them only."""
+    parts = [describe(some(seed), np.arange(3) / 8, 20, 24)[0] for seed in range(5)]
+    assert len({tuple(p.present) for p in parts}) > 1
+    together = render(join(parts), 20, 24)
+    for i, alone in enumerate(zip(*(render(p, 20, 24) for p in parts), strict=True)):
+        assert torch.equal(together[i], torch.cat(alone))
 
 
 def test_blur_averages_the_colours_only():

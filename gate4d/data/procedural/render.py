@@ -73,12 +73,16 @@ def describe(scene: Scene, time: Array, height: int, width: int) -> tuple[Frames
     moving = np.zeros((frames, SURFACES), bool)
     moving[:, :SOLIDS] = scene.solids.moving
 
+    eye, lamp = local(poses[:, None, :3, 3]), local(lamp)
+    absent = np.flatnonzero(~scene.solids.present)  # among the frames of other scenes: hit by no ray, shading nothing
+    rays[:, absent], eye[:, absent], lamp[:, absent] = 0, 2, 2
+
     def tensor(x: Array) -> Tensor:
         return torch.from_numpy(np.ascontiguousarray(x, np.float32))
 
     found = Frames(
-        tensor(rays), tensor(local(poses[:, None, :3, 3])), tensor(local(lamp)), tensor(metric), tensor(view),
-        tensor(table), scene.solids.present, torch.from_numpy(moving),
+        tensor(rays), tensor(eye), tensor(lamp), tensor(metric), tensor(view), tensor(table), scene.solids.present,
+        torch.from_numpy(moving),
     )  # fmt: skip
     return found, poses, intrinsics
 
