@@ -219,6 +219,8 @@ def test_cameras_are_rigid_and_smooth_and_some_stand_still():
     assert 1 <= (step == 0).sum() <= 12
     assert step.max() < 0.25
     assert step.max() > 10 * step[step > 0].min()  # from nearly still to fast
+    fast = next(batches(32, 8, 4, 4, pace=(1.0, 1.0))).poses[..., :3, 3].diff(dim=1).norm(dim=-1).mean(1)
+    assert fast[fast > 0].min() > step.median()
 
 
 @pytest.mark.parametrize(
@@ -233,7 +235,13 @@ def test_bad_input(arguments, name):
 
 @pytest.mark.parametrize(
     ("arguments", "name"),
-    [({"start": -1}, "start"), ({"dynamic": 1.5}, "dynamic"), ({"blur": 2}, "blur"), ({"seed": 0.5}, "seed")],
+    [
+        ({"start": -1}, "start"),
+        ({"dynamic": 1.5}, "dynamic"),
+        ({"blur": 2}, "blur"),
+        ({"pace": (0, 1)}, "pace"),
+        ({"seed": 0.5}, "seed"),
+    ],
 )
 def test_bad_batches_are_refused_at_once(arguments, name):
     with pytest.raises(ValueError, match=name):

@@ -39,6 +39,7 @@ def batches(
     dynamic: float = 0.8,
     frame_rate: float = RATE,
     blur: int = 1,
+    pace: tuple[float, float] = (0.02, 1.0),
 ) -> Iterator[Batch]:
     """Batches without end; the one with number ``n`` depends on ``seed`` and ``n`` alone.
 
@@ -50,6 +51,8 @@ def batches(
         frame_rate: frames a second; at 8, most moving solids go 0.3 to 3 pixels a frame in an image 80 wide.
         blur: odd number of moments averaged over the time that the shutter is open; 1 is a sharp image. Depth, motion
             and poses are those of the middle one.
+        pace: between which the cameras' speeds lie (in the logarithm), see :func:`.scene.random_scene`; one in seven
+            stands still whatever it is.
 
     Raises:
         ValueError: an argument is out of its range.
@@ -60,6 +63,8 @@ def batches(
     for name, value in (("seed", seed), ("start", start)):
         if not isinstance(value, int) or value < 0:
             raise ValueError(f"{name} must be an int >= 0, got {value!r}.")
+    if not 0 < pace[0] <= pace[1]:
+        raise ValueError(f"pace must be two speeds, 0 < slowest <= fastest, got {pace!r}.")
     _check_time(frame_rate, blur)
 
     def endless() -> Iterator[Batch]:
@@ -69,7 +74,7 @@ def batches(
                 rng = np.random.default_rng([_TRAINING, seed, n, clip])
                 moves = rng.random() < dynamic
                 shutters.append(rng.uniform(0.1, 0.7))
-                scenes.append(random_scene(rng, dynamic=bool(moves)))
+                scenes.append(random_scene(rng, dynamic=bool(moves), pace=pace))
             yield render_scenes(
                 scenes, frames, height, width, frame_rate=frame_rate, blur=blur, shutters=shutters, device=device
             )
