@@ -201,7 +201,11 @@ def test_table_fits_whatever_the_figures():
     row = {"group": "alternating model", "frames": 300, "note": "", "skipped": None}
     figures = dict.fromkeys(("ate", "rpe_translation"), 0.9999) | {"rpe_rotation": 179.99, "abs_rel": 12.345}
     rows = [{**row, "system": s.name, **figures, "delta": 1.0, "iou": None, "fps": 1234.5} for s in systems()]
-    lines = table({"rows": rows})
+    unequal = {"alternating": {"step": "9", "text": "step 9"}, "unforced": {"step": "8", "text": "step 8"}}
+    lines = table({"rows": rows, "weights": unequal})
+    assert "are of 9 and 8 steps: their rows cannot be compared" in " ".join(lines)
+    equal = {kind: {"step": "9", "text": ""} for kind in unequal}
+    assert "cannot be compared" not in " ".join(table({"rows": rows, "weights": equal}))
     assert max(map(len, lines)) <= 80
     assert all(word in " ".join(lines) for word in LEGEND[0].split())
 

@@ -145,6 +145,9 @@ def table(result: dict) -> list[str]:
     lines += ["-" * _WIDTH] if lines else []
     for text in LEGEND if lines else ():
         lines += textwrap.wrap(text, _WIDTH)
+    for kind, about in result["weights"].items():
+        lines += textwrap.wrap(f"{kind} weights: {about['text']}", _WIDTH, subsequent_indent="  ")
+    lines += textwrap.wrap(_unequal(result["weights"]), _WIDTH)
     for why, names in skipped.items():
         lines += textwrap.wrap(f"skipped, {why}: {', '.join(names)}", _WIDTH, subsequent_indent="  ")
     return lines
@@ -158,8 +161,9 @@ def markdown(result: dict) -> str:
         f"{result['date'][:10]}",
         f"- {result['clips']} clips of {height}x{width} pixels, {result['long_clips']} for the recurrent rows",
         f"- command: {result['command']}",
-        *(f"- {name} weights: {about}" for name, about in result["weights"].items()),
+        *(f"- {kind} weights: {about['text']}" for kind, about in result["weights"].items()),
     ]
+    lines += [f"- {_unequal(result['weights'])}"] if _unequal(result["weights"]) else []
     group = None
     for row in result["rows"]:
         if row["group"] != group:
@@ -170,7 +174,15 @@ def markdown(result: dict) -> str:
     return "\n".join([*lines, "", *LEGEND]) + "\n"
 
 
-def _models(args: argparse.Namespace, needed: set[str]) -> tuple[dict, dict[str, str], dict[str, str]]:
+def _unequal(weights: dict) -> str:
+    """Says so if the two trainings that are to differ in one thing differ in another."""
+    steps = [weights.get(kind, {}).get("step") for kind in ("alternating", "unforced")]
+    if None in steps or steps[0] == steps[1]:
+        return ""
+    return f"Forced and unforced weights are of {steps[0]} and {steps[1]} steps: their rows cannot be compared."
+
+
+def _models(args: argparse.Namespace, needed: set[str]) -> tuple[dict, dict[str, str], dict[str, dict]]:
     """Models by kind of weights, why others are missing, and what the files say about their training."""
     from gate4d.models import load as load_model
     from gate4d.models import metadata
@@ -191,7 +203,8 @@ def _models(args: argparse.Namespace, needed: set[str]) -> tuple[dict, dict[str,
             missing[kind] = f"no weights are shipped under the name {kind!r}"
             continue
         said = metadata(source)
-        about[kind] = ", ".join(f"{n} {said[n]}" for n in ("step", "seed", "command") if n in said) or "nothing noted"
+        text = ", ".join(f"{n} {said[n]}" for n in ("step", "seed", "command") if n in said)
+        about[kind] = {"step": said.get("step"), "text": text or "nothing noted"}
     for kind, family in (("alternating", "aggregator"), ("unforced", "aggregator"), ("recurrent", "dec_blocks_state")):
         if kind in models and not hasattr(models[kind], family):
             raise ValueError(f"--{kind}: {getattr(args, kind)} holds {type(models[kind]).__name__}, another model.")
