@@ -319,6 +319,8 @@ def test_corrupt_and_foreign_weights_are_named(saved, tmp_path):
 
 def test_shipped_weights_load_and_are_small():
     files = sorted(FOLDER.glob("*.safetensors"))
+    assert [path.stem for path in files] == ["alternating", "recurrent"]
+    assert sum(path.stat().st_size for path in files) < 24e6
     for path in files:
         assert path.stat().st_size < 12e6
         assert load(path.stem) is not None
