@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from accuracy import assert_accurate
-from standins import croco, vggt
+from standins import croco, factories, vggt
 
 import gate4d
 from gate4d.methods.masks import patch_masks
@@ -195,13 +195,13 @@ def rotation(quaternion):
 def test_refined_masks(form):
     """With depth and field of view of the first pass and poses of the second."""
     torch.manual_seed(0)
-    model, images = vggt.PixelVggt(depth=2, dim=32, heads=2).eval(), clip(4)
+    model, images = factories.DenseVggt(depth=2, dim=32, heads=2).eval(), clip(4)
     with gate4d.patch(model, method="vggt4d", recipe=SHALLOW, clusters=6, refine=form) as handle:
         result = handle.run(images)
         before = model(images[None])
     with gate4d.patch(model, method="vggt4d", recipe=SHALLOW, clusters=6, refine=None) as handle:
         coarse = handle.run(images)
-    assert coarse.refined is None
+    assert coarse.refined_masks is None
     assert torch.equal(coarse.masks.masks, result.masks.masks)  # the masks that gate are not touched
     assert torch.equal(coarse.predictions["pose_enc"], result.predictions["pose_enc"])
     assert not torch.equal(before["pose_enc"], result.predictions["pose_enc"])
@@ -217,15 +217,15 @@ def test_refined_masks(form):
     for got, expected in zip(vggt_geometry(before, result.predictions, (height, width)), scene, strict=True):
         torch.testing.assert_close(got, expected)
     expected = refine_masks(result.masks.masks, images, *scene, form="authors" if form == "auto" else form)
-    assert (result.refined != expected).float().mean() < 0.01
-    assert not torch.equal(result.refined, result.masks.masks)
+    assert (result.refined_masks != expected).float().mean() < 0.01
+    assert not torch.equal(result.refined_masks, result.masks.masks)
 
 
 @torch.no_grad()
 def test_refinement_of_other_predictions():
     model, images = build(depth=2), clip(4)
     with gate4d.patch(model, method="vggt4d", recipe=SHALLOW) as handle:
-        assert handle.run(images).refined is None  # neither depth maps nor pose encodings: nothing to refine with
+        assert handle.run(images).refined_masks is None  # neither depth maps nor pose encodings: nothing to refine with
     with (
         gate4d.patch(model, method="vggt4d", recipe=SHALLOW, refine="authors") as handle,
         pytest.raises(ValueError, match="pose_enc"),
@@ -236,7 +236,7 @@ def test_refinement_of_other_predictions():
     options = {"recipe": SHALLOW, "geometry": lambda first, second, size: geometry, "refine_options": {"views": 2}}
     with gate4d.patch(model, method="vggt4d", refine="paper", **options) as handle:
         result = handle.run(images)
-    assert torch.equal(result.refined, refine_masks(result.masks.masks, images, *geometry, form="paper", views=2))
+    assert torch.equal(result.refined_masks, refine_masks(result.masks.masks, images, *geometry, form="paper", views=2))
     with pytest.raises(ValueError, match="refine must be"):
         gate4d.patch(model, method="vggt4d", recipe=SHALLOW, refine="yes")
 

@@ -3,8 +3,9 @@
 ``GATE4D_UPSTREAM_<NAME>`` gives the path of the checkout. TTT3R needs ``GATE4D_UPSTREAM_CUT3R`` as well, the model that
 the method runs on; EASI3R takes ``GATE4D_UPSTREAM_DUST3R`` (DUSt3R or MonST3R) if it is given, and runs the method on
 that, else on the authors' fork. Prints one JSON object: largest relative differences of maps, states and predictions,
-and shares of labels and pixels that differ. What the checkouts import and none of this runs (viewers, optical flow, SAM 2) is stubbed
-where it is missing; einops, cv2, roma, transformers, open3d must be there where a checkout computes with them.
+and shares of labels and pixels that differ. What the checkouts import and none of this runs (viewers, optical flow,
+SAM 2) is stubbed where it is missing; einops, cv2, roma, transformers, accelerate and open3d must be there where a
+checkout computes with them.
 """
 
 import importlib.abc

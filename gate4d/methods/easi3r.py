@@ -12,7 +12,7 @@ from ..gates import MotionGate
 from ..integrations.registry import register_method
 from ..integrations.table import AttentionTable
 from ..saliency.pairs import PairMaps, PairSaliency
-from .common import clip_images, require_family, require_parts
+from .common import clip_images, patch_size, require_family, require_parts
 from .masks import DynamicMasks, dynamic_masks, patch_masks
 
 Pair = tuple[int, int]
@@ -89,7 +89,7 @@ class Easi3r:
         keep: Callable[[dict, dict], Any] | None = None,
     ):
         rows = [r for r in table.select("decoder cross") if _decoder(r.name)]
-        require_family("easi3r", rows or table, "easi3r" if "easi3r" in table.families else "croco")
+        require_family("easi3r", rows or table, "croco", "easi3r")
         require_parts("easi3r", model, ("patch_embed", "dec_blocks2", "_encode_image", "_encode_symmetrized"))
         for name, value in (("pair_window", pair_window), ("batch", batch)):
             if not isinstance(value, int) or value < 1:
@@ -119,7 +119,7 @@ class Easi3r:
                 takes part in fewer than two pairs (fewer than three frames, or a pair_window of 1).
             ImportError: an extra is missing; names it.
         """
-        patch = _patch_size(self.model)
+        patch = patch_size(self.model)
         images = clip_images(frames, patch, device=next(self.model.parameters()).device)[0]
         size, count = tuple(images.shape[-2:]), len(images)
         grid = size[0] // patch, size[1] // patch
@@ -226,14 +226,6 @@ def _decoder(name: str) -> int:
     """1 or 2 for the decoder of a pair's first or second view, 0 for something else."""
     parts = name.split(".")
     return 2 if "dec_blocks2" in parts else 1 if "dec_blocks" in parts else 0
-
-
-def _patch_size(model: nn.Module) -> int:
-    size = getattr(model.patch_embed, "patch_size", None)
-    size = size if isinstance(size, int) else size[0] if size and size[0] == size[1] else None
-    if size is None:
-        raise ValueError("method 'easi3r' needs patch_embed.patch_size, one number or two that are equal.")
-    return size
 
 
 def _observer(saliency: PairSaliency, decoder: int, layer: int, pairs: list[Pair]):

@@ -6,12 +6,12 @@ from collections.abc import Callable, Collection, Mapping
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..gates import MotionGate
 from ..integrations.registry import register_method
 from ..integrations.table import AttentionTable
+from ..models.geometry import decode_pose, invert
 from ..saliency.gram import RECIPES, GramRecipe, GramResult, GramSaliency
 from ..visibility import TokenLayout
 from .common import clip_images, require_family, require_parts
@@ -30,14 +30,14 @@ class Vggt4dResult(NamedTuple):
         predictions: of the first pass, with the camera outputs of the second.
         masks: the :class:`~gate4d.methods.masks.DynamicMasks` of the clip, which gated the second pass.
         saliency: the :class:`gate4d.GramResult` of the first pass, ``[1, T, patches]``.
-        refined: bool ``[T, H, W]``, the masks after :func:`~gate4d.methods.refine.refine_masks`, which the authors
-            write out; None without refinement.
+        refined_masks: bool ``[T, H, W]``, the masks after :func:`~gate4d.methods.refine.refine_masks`, which the
+            authors write out; None without refinement.
     """
 
     predictions: dict[str, Any]
     masks: DynamicMasks
     saliency: GramResult
-    refined: Tensor | None = None
+    refined_masks: Tensor | None = None
 
 
 @register_method("vggt4d")
@@ -114,6 +114,10 @@ class Vggt4d:
             ImportError: an extra is missing; names it.
         """
         images = clip_images(frames, self.aggregator.patch_size, device=next(self.model.parameters()).device)
+        if images.shape[-2] * images.shape[-1] == self.aggregator.patch_size**2:
+            raise ValueError(
+                f"frames must have at least 2 patches, whose saliency can differ, got {list(images.shape)}."
+            )
         predictions, saliency, encoded = self._first(images)
         size = tuple(images.shape[-2:])
         grid = size[0] // self.aggregator.patch_size, size[1] // self.aggregator.patch_size
@@ -196,8 +200,7 @@ def vggt_geometry(
     """Depth ``[T, H, W]``, intrinsics ``[T, 3, 3]`` and poses (camera to world) ``[T, 4, 4]`` of VGGT's predictions.
 
     ``depth`` (``[1, T, H, W, 1]`` or ``[1, T, H, W]``) and the field of view come from the first pass, the poses from
-    the second. ``pose_enc [1, T, 9]`` holds translation and quaternion xyzw of world to camera, then the vertical and
-    the horizontal field of view in radians.
+    the second. ``pose_enc [1, T, 9]`` is VGGT's encoding, see :mod:`gate4d.models.geometry`.
 
     Raises:
         KeyError: ``depth`` or ``pose_enc`` is missing.
@@ -212,22 +215,8 @@ def vggt_geometry(
             f"depth must be [1, T, {height}, {width}, 1] and pose_enc [1, T, 9], got {list(depth.shape)} and "
             f"{list(encoding.shape)}."
         )
-    translation, quaternion, view = moved[0, :, :3].float(), moved[0, :, 3:7].float(), encoding[0, :, 7:].float()
-    camera = torch.eye(4, device=depth.device).repeat(frames, 1, 1)  # world to camera
-    camera[:, :3, :3], camera[:, :3, 3] = _rotations(quaternion), translation
-    intrinsics = torch.eye(3, device=depth.device).repeat(frames, 1, 1)
-    for axis, (side, angle) in enumerate(((width, view[:, 1]), (height, view[:, 0]))):
-        intrinsics[:, axis, axis], intrinsics[:, axis, 2] = side / 2 / torch.tan(angle / 2), side / 2
-    return depth[0].float(), intrinsics, torch.linalg.inv(camera)
-
-
-def _rotations(quaternions: Tensor) -> Tensor:
-    """Quaternions xyzw ``[T, 4]`` of any length to rotations ``[T, 3, 3]``: ``I + 2 w [v] + 2 [v]^2``."""
-    unit = F.normalize(quaternions, dim=-1)
-    x, y, z, w = unit.unbind(-1)
-    zero = torch.zeros_like(x)
-    cross = torch.stack((zero, -z, y, z, zero, -x, -y, x, zero), -1).unflatten(-1, (3, 3))
-    return torch.eye(3, device=unit.device) + 2 * (w[:, None, None] * cross + cross @ cross)
+    cameras, _ = decode_pose(moved[0].float(), *size)
+    return depth[0].float(), decode_pose(encoding[0].float(), *size)[1], invert(cameras)
 
 
 def _observer(gram: GramSaliency, layer: int):

@@ -200,31 +200,6 @@ class Vggt(nn.Module):
         return {"pose": self.camera_head(tokens[:, :, 0]), "depth": self.depth_head(tokens[:, :, 5:])}
 
 
-class PixelVggt(Vggt):
-    """Predictions in VGGT's form: pose encodings, and for every pixel a depth, a point and confidences."""
-
-    def __init__(self, **size):
-        super().__init__(**size)
-        dim, self.patch = self.aggregator.special.shape[-1], self.aggregator.patch_size
-        self.depth_head, self.point_head = (nn.Linear(dim, n * self.patch**2) for n in (2, 4))
-
-    def pixels(self, head, tokens, size):
-        grid = [n // self.patch for n in size]
-        x = head(tokens).unflatten(-1, (-1, self.patch, self.patch)).unflatten(2, grid)  # [B, T, h, w, C, p, p]
-        return x.permute(0, 1, 2, 5, 3, 6, 4).flatten(4, 5).flatten(2, 3)  # [B, T, H, W, C]
-
-    def forward(self, images):
-        tokens, size = self.aggregator(images)[-1], images.shape[-2:]
-        pose = self.camera_head(tokens[:, :, 0])
-        pose = torch.cat((pose[..., :6] * 0.1, pose[..., 6:7] + 5, pose[..., 7:].tanh() * 0.2 + 1), -1)
-        depth = self.pixels(self.depth_head, tokens[:, :, 5:], size)
-        points = self.pixels(self.point_head, tokens[:, :, 5:], size)
-        return {
-            "pose_enc": pose, "depth": (0.1 * depth[..., :1]).exp(), "depth_conf": depth[..., 1].exp(),
-            "world_points": points[..., :3], "world_points_conf": points[..., 3].exp(), "images": images,
-        }  # fmt: skip
-
-
 # Copies of VGGT with other attention.
 
 
