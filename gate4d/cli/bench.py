@@ -17,6 +17,9 @@ _COLUMNS = "{:<4}{:<37}{:>11}{:>7}{:>13}{:>8}"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of ``gate4d bench``."""
     parser.add_argument("--only", metavar="C1,C5", help="measure these targets alone (default: all; `list` shows them)")
+    parser.add_argument(
+        "--systems", action="store_true", help="measure the five systems' extra work instead (S1 to S6)"
+    )
     parser.add_argument("--quick", action="store_true", help="fewer heads, repetitions and lengths; under two minutes")
     parser.add_argument("--threads", type=int, metavar="N", help="torch threads (default: every usable core)")
     parser.add_argument("--backend", default="auto", help="implementation of gate4d to measure (default: auto)")
@@ -39,7 +42,7 @@ def run(args: argparse.Namespace) -> int:
     if args.into is not None:
         raise ValueError("--into needs --markdown FILE, the results to show.")
 
-    targets = rows.load_targets()
+    targets = {name: t for name, t in rows.load_targets().items() if name.startswith("S") == args.systems}
     if args.only == "list":
         print("\n".join(f"{t.id:<4}{t.what}" for t in targets.values()))
         return 0
