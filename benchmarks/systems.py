@@ -395,7 +395,7 @@ def _about(id: str, size: Size) -> str:
     return {
         "S1": decoder,
         "S2": f"{decoder}, two decoder runs",
-        "S3": f"{size.depth} + {size.depth} layers of width {size.width}, a pair of {size.tokens - 1} tokens, two passes",
+        "S3": f"{size.depth} layers of width {size.width} a view, a pair of {size.tokens - 1} tokens, two passes",
         "S4": f"{clip}, 4 + 4 blocks, two passes and the clustering",
         "S5": f"{clip}, one block, forward and backward",
     }[id]
