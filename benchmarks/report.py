@@ -19,7 +19,6 @@ from .memory import MIB
 from .rows import Row, Settings
 
 SCHEMA = 1
-_BEGIN, _END = "<!-- begin: gate4d bench -->", "<!-- end: gate4d bench -->"
 
 
 def surroundings(settings: Settings, command: list[str]) -> dict:
@@ -140,18 +139,18 @@ def markdown(result: dict) -> str:
     return "\n".join(lines) + "\n"
 
 
-def write_into(document: Path, text: str) -> None:
-    """Replace what stands between the two marker lines of ``document``.
+def write_into(document: Path, text: str, command: str = "gate4d bench") -> None:
+    """Replace what stands between the two marker lines of ``document`` that name the command.
 
     Raises:
         ValueError: the markers are not there.
     """
-    old = document.read_text()
-    before, begin, rest = old.partition(_BEGIN)
-    _, end, after = rest.partition(_END)
+    first, last = f"<!-- begin: {command} -->", f"<!-- end: {command} -->"
+    before, begin, rest = document.read_text().partition(first)
+    _, end, after = rest.partition(last)
     if not begin or not end:
-        raise ValueError(f"{document} must have the lines {_BEGIN!r} and {_END!r} around the table.")
-    document.write_text(f"{before}{_BEGIN}\n{text}{_END}{after}")
+        raise ValueError(f"{document} must have the lines {first!r} and {last!r} around the table.")
+    document.write_text(f"{before}{first}\n{text}{last}{after}")
 
 
 def command_line() -> list[str]:

@@ -59,6 +59,10 @@ def test_command(peaks, monkeypatch, tmp_path, capsys):
     assert [r["id"] for r in result["rows"]] == ["S1", "S1", "S6"]
     assert cli.main(["bench", "--markdown", str(path)]) == 0
     assert "| S6 | VGGT4D, 12 frames: peak / plain | 1.091 |" in capsys.readouterr().out
+    document = tmp_path / "DOC.md"
+    document.write_text("<!-- begin: gate4d bench --systems -->\n<!-- end: gate4d bench --systems -->\n")
+    assert cli.main(["bench", "--systems", "--markdown", str(path), "--into", str(document)]) == 0
+    assert document.read_text().count("| S1 |") == 2
     assert cli.main(["bench", "--only", "list"]) == 0
     assert "S1" not in capsys.readouterr().out
     assert cli.main(["bench", "--only", "S1"]) == 2

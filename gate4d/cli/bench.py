@@ -37,7 +37,7 @@ def run(args: argparse.Namespace) -> int:
         if args.into is None:
             print(text, end="")
         else:
-            report.write_into(args.into, text)
+            report.write_into(args.into, text, "gate4d bench --systems" if args.systems else "gate4d bench")
         return 0
     if args.into is not None:
         raise ValueError("--into needs --markdown FILE, the results to show.")
@@ -92,7 +92,8 @@ def table(result: dict) -> list[str]:
             lines += textwrap.wrap(detail, _WIDTH, initial_indent="      ", subsequent_indent="        ")
     verdicts = [report.verdict(row) for row in result["rows"]]
     counts = ", ".join(f"{verdicts.count(v)} {v}" for v in ("pass", "MISS", "FAILED") if v in verdicts)
-    return [*lines, "-" * _WIDTH, counts or "nothing was measured"]
+    without = "no targets to meet" if result["rows"] else "nothing was measured"
+    return [*lines, "-" * _WIDTH, counts or without]
 
 
 def _choose(only: str | None, known: list[str]) -> list[str]:
