@@ -8,7 +8,7 @@ authors' way in float64 before it is timed; memory is measured in a fresh proces
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -216,15 +216,16 @@ _MASKED = range(2)
 
 def vggt4d(size: Size, dtype: torch.dtype = torch.float32) -> dict[str, Step]:
     """Four frames through a model of VGGT's shape: the saliency, and the cameras of the second pass."""
-    model = _vggt(64 * size.heads, size.heads, 4, dtype)
+    _load_libraries()
+    model, own = (_vggt(64 * size.heads, size.heads, 4, dtype) for _ in range(2))  # own stays patched
     side = model.aggregator.patch_size
     pixels = [n * side for n in size.grid]
     images = torch.rand(4, 3, *pixels, generator=torch.Generator().manual_seed(1)).to(dtype)
 
+    handle = gate4d.patch(own, method="vggt4d", recipe=_SHALLOW, masked_layers=_MASKED, refine=None)
+
     def ours() -> tuple[Tensor, ...]:
-        options = {"recipe": _SHALLOW, "masked_layers": _MASKED, "refine": None}
-        with gate4d.patch(model, method="vggt4d", **options) as handle:
-            result = handle.run(images)
+        result = handle.run(images)
         return result.saliency.dyn[0], result.predictions["pose_enc"]
 
     return {
@@ -232,6 +233,12 @@ def vggt4d(size: Size, dtype: torch.dtype = torch.float32) -> dict[str, Step]:
         AUTHORS: partial(_authors_vggt4d, model, images, size.grid),
         OURS: ours,
     }
+
+
+def _load_libraries() -> None:
+    """What clustering, thresholds and refinement import: its code is not memory of a call."""
+    for name in ("sklearn.cluster", "skimage.filters", "scipy.ndimage", "scipy.spatial"):
+        importlib.import_module(name)
 
 
 def _vggt(width: int, heads: int, depth: int, dtype: torch.dtype = torch.float32) -> Vggt:
@@ -414,10 +421,8 @@ for _id in SYSTEMS:
 
 
 def long_clip_step(variant: str, frames: int, grid: int) -> Step:
-    """A clip through 24 + 24 blocks of VGGT's shape, width 64; libraries are loaded before."""
-    for name in ("sklearn.cluster", "skimage.filters", "scipy.ndimage", "scipy.spatial"):
-        if importlib.util.find_spec(name):
-            importlib.import_module(name)
+    """A clip through 24 + 24 blocks of VGGT's shape, width 64."""
+    _load_libraries()
     model = _vggt(64, 1, 24)
     side = grid * model.aggregator.patch_size
     images = torch.rand(frames, 3, side, side, generator=torch.Generator().manual_seed(0))

@@ -2,6 +2,11 @@
 
 import copy
 import gc
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -195,7 +200,7 @@ def test_streams_by_turns_and_a_forward_between():
 
 @torch.no_grad()
 def test_a_long_stream_holds_no_more_than_a_short_one():
-    model = build()
+    model = build(depth=1)
     earlier = {id(x): x for x in gc.get_objects()}  # kept, so that no id is given away again
     held = {}
     with gate4d.patch(model, method="more", window=3, anchors=1) as handle:
@@ -210,6 +215,18 @@ def test_a_long_stream_holds_no_more_than_a_short_one():
         assert frames == [0, 297, 298, 299]
         assert torch.isfinite(cameras).all()
     assert held[300] <= held[20]
+
+
+@torch.no_grad()
+def test_compiled_blocks_know_their_frames():
+    """The mask of a global block takes the size of a frame from the frame block before it, compiled or not."""
+    model = build()
+    with gate4d.patch(model, method="more") as handle:
+        torch._dynamo.reset()
+        compiled = torch.compile(model.aggregator.frame_blocks[0], backend="eager")
+        for tokens in (7, 9):
+            compiled(torch.rand(3, tokens, 32), pos=torch.zeros(3, tokens, 2, dtype=torch.long))
+            assert handle.table.select("frame")[0].tokens == (tokens, tokens)
 
 
 def test_a_training_step_under_the_patch():
@@ -310,3 +327,35 @@ def test_one_frame_is_the_plain_model():
         result = handle.run(images)
     torch.testing.assert_close(result.predictions[0]["pose"], plain["pose"])
     torch.testing.assert_close(result.cameras, plain["pose"])
+
+
+@torch.no_grad()
+def test_a_model_with_a_stream_of_its_own():
+    alternating = pytest.importorskip("gate4d.models.alternating")
+    if not hasattr(alternating, "AlternatingModel"):
+        pytest.skip("this model is not there yet")
+    model, images = alternating.AlternatingModel(dim=64, heads=2, depth=2, trunk=1).eval(), torch.rand(1, 6, 3, 32, 48)
+    forward = model(images, causal=True, camera_pass=True)
+    with gate4d.patch(model, method="more") as handle:
+        result = handle.run(images)
+        with pytest.raises(ValueError, match="all frames must have one size"):
+            handle.run([torch.rand(3, 32, 48), torch.rand(3, 32, 64)])
+    with gate4d.patch(model, method="more", window=2, anchors=1) as handle:
+        assert handle.run(images).refined.tolist() == [True, False, False, False, True, True]
+    streamed = torch.cat([p["pose_enc"] for p in result.predictions], dim=1)
+    torch.testing.assert_close(streamed, forward["pose_enc"])
+    torch.testing.assert_close(result.cameras, forward["global_pose_enc"])
+    assert torch.equal(torch.stack(result.motion, dim=1), torch.cat([p["motion"] for p in result.predictions], 1) > 0)
+
+
+@pytest.mark.parametrize("name", ["VGGT", "STREAMVGGT", "STREAM3R"])
+def test_real_checkouts(name):
+    if f"GATE4D_UPSTREAM_{name}" not in os.environ:
+        pytest.skip(f"GATE4D_UPSTREAM_{name} does not name a checkout")
+    script = Path(__file__).parent / "upstream_more.py"
+    done = subprocess.run([sys.executable, script, name], capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-3000:]
+    report = json.loads(done.stdout.splitlines()[-1])
+    assert report["pose"] <= 1e-5
+    assert report["depth"] <= 1e-5
+    assert report["camera pass"] > 1e-3

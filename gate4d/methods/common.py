@@ -262,10 +262,10 @@ def patch_size(model: nn.Module, default: int | None = None) -> int:
     """Side of a model's square patches in pixels; ``default`` where it does not show.
 
     Raises:
-        ValueError: neither the aggregator nor the patch embedding nor the first convolution of an image shows it, and
+        ValueError: neither aggregator nor patch embedding nor model nor the first convolution of an image shows it, and
             there is no default.
     """
-    for owner in (getattr(model, "aggregator", None), getattr(model, "patch_embed", None)):
+    for owner in (getattr(model, "aggregator", None), getattr(model, "patch_embed", None), model):
         size = getattr(owner, "patch_size", None)
         if isinstance(size, (tuple, list)) and len(set(size)) == 1:
             size = size[0]

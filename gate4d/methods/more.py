@@ -161,12 +161,9 @@ class More:
                 "method 'more' needs frame and global blocks in turn, as many of one as of the other, got order "
                 f"{order}, block size {size}, {frame} frame and {depth} global blocks."
             )
-        self.specials = {
-            name: p
-            for name, p in self.aggregator.named_parameters(recurse=False)
-            if p.dim() == 4 and p.shape[:2] == (1, 2)
-        }
-        found = sum(p.shape[2] for p in self.specials.values())
+        tokens = {n: p for n, p in self.aggregator.named_parameters(recurse=False) if p.dim() == 4}
+        self.specials = [n for n, p in tokens.items() if p.shape[:2] == (1, 2)]
+        found = sum(tokens[n].shape[2] for n in self.specials)
         if found != self.aggregator.patch_start_idx:
             raise ValueError(
                 f"method 'more' needs {self.aggregator.patch_start_idx} special tokens in parameters [1, 2, n, C] of "
@@ -241,7 +238,8 @@ class _PatchedStream(MoreStream):
             raise RuntimeError("the patch was removed: finish the stream before, or start a new one.")
         model, later = self.method.model, {}
         if self.number:  # a clip of one frame takes the first of each pair of special tokens: give it the second
-            later = {f"aggregator.{n}": p[:, 1:].expand_as(p) for n, p in self.method.specials.items()}
+            tokens = {n: getattr(self.method.aggregator, n) for n in self.method.specials}
+            later = {f"aggregator.{n}": p[:, 1:].expand_as(p) for n, p in tokens.items()}
         by_view = list(inspect.signature(type(model).forward).parameters)[1] == "views"  # StreamVGGT
         for trunk in self.trunk:
             trunk.calls = 0

@@ -3,7 +3,8 @@
 Results hold predictions in the form of the model. Read are: ``pose_enc`` (VGGT's encoding, see
 :mod:`gate4d.models.geometry`) and ``camera_pose`` (the same with 9 numbers; with 7 numbers CUT3R's: camera to world,
 translation, then a quaternion with the scalar first), ``world_points``, ``pts3d_in_other_view``, ``depth`` and their
-confidences ``world_points_conf``, ``conf``, ``depth_conf``. What is missing is left out.
+confidences ``world_points_conf``, ``conf``, ``depth_conf``, and, where the method has no masks of its own, ``motion``
+(logits, > 0 = moving). What is missing is left out.
 """
 
 from __future__ import annotations
@@ -88,11 +89,11 @@ def collect(result: Any, size: tuple[int, int]) -> Outputs:
     A warning says so wherever nothing, or everything, moves.
 
     Raises:
-        ValueError: the frames are not of that size.
+        ValueError: the frames are not of that size, or not of one.
         ImportError: scikit-image is missing (MUT3R).
     """
     masks, motion = getattr(result, "masks", None), getattr(result, "motion", None)
-    scores, heat = {}, None
+    predictions, scores, heat = _frames(result.predictions), {}, None
     if isinstance(masks, DynamicMasks):
         scores = {"motion": masks.patch_scores, "heat": masks.scores}
         refined, heat = getattr(result, "refined_masks", None), masks.scores.float().cpu()
@@ -102,11 +103,10 @@ def collect(result: Any, size: tuple[int, int]) -> Outputs:
         patches = motion[:, :1].float().cpu().unflatten(2, grid_of(motion.shape[2], size))
         heat = F.interpolate(patches, size=size, mode="bilinear")[:, 0]
         masks = _thresholded(heat)
-    elif isinstance(motion, list) and motion[0] is not None:
-        sizes = {tuple(x.shape[-2:]) for x in motion}
-        if sizes != {size}:
-            raise ValueError(f"result must be of a clip whose frames all have the size {size}, got {sorted(sizes)}.")
-        masks = torch.stack([x[0] for x in motion]).cpu()
+    elif (logits := _stacked(predictions, ("motion",), 2)) is not None:
+        if logits.shape[1:] != size:
+            raise ValueError(f"result must be of a clip of frames of the size {size}, got {tuple(logits.shape[1:])}.")
+        masks = logits > 0
         if masks.all() or not masks.any():
             what = "every pixel moves: the masks are full" if masks.all() else "nothing moves: the masks are empty"
             warnings.warn(f"by the model's motion output {what}.", stacklevel=2)
@@ -115,7 +115,6 @@ def collect(result: Any, size: tuple[int, int]) -> Outputs:
     cameras = getattr(result, "cameras", None)
     if cameras is not None:
         scores |= {"cameras": cameras[0], "refined": result.refined}
-    predictions = _frames(result.predictions)
     encoding = cameras[0] if cameras is not None else _stacked(predictions, ("pose_enc", "camera_pose"), 1)
     poses, points, confidence = _geometry(predictions, encoding, size)
     return Outputs(scores, heat, masks, poses, points, confidence)
@@ -145,7 +144,10 @@ def _stacked(predictions: list[dict[str, Any]], names: tuple[str, ...], dims: in
     for name in names:
         found = [p[name][0] for p in predictions if isinstance(p.get(name), Tensor)]
         found = [x[0] if x.dim() == dims + 1 else x for x in found]
-        if len(found) == len(predictions) and len({x.shape for x in found}) == 1 and found[0].dim() == dims:
+        if len({x.shape for x in found}) > 1:
+            sizes = sorted({tuple(x.shape) for x in found})
+            raise ValueError(f"result must be of a clip whose frames all have the size of the first, got {sizes}.")
+        if found and len(found) == len(predictions) and found[0].dim() == dims:
             return torch.stack(found).float().cpu()
     return None
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from ..functional import gated_attention
@@ -93,8 +92,7 @@ class AttentionControl:
             cache.append(k, v)
             keys = cache.num_tokens
             out = cache.attend(q, gate=gate, scale=scale, backend=self.backend)
-        if not torch.compiler.is_compiling():
-            self.tokens = (q.shape[2], keys)
+        self.tokens = (q.shape[2], keys)
         return out
 
 
