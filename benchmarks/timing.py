@@ -112,11 +112,11 @@ def compare(
             elapsed, quiet = time.perf_counter() - started, sum(map(_quiet, waits)) if waits else n
             if quiet >= max_rounds or (n >= min_rounds and elapsed > seconds * (1 if quiet >= min_rounds else 3)):
                 break
-            waited, begin = _waited(), time.perf_counter()
+            waited_before, begin = waited(), time.perf_counter()
             for name in names if n % 2 == 0 else reversed(names):
                 times[name].append(_sample(variants[name], calls))
-            if waited is not None:
-                waits.append((_waited() - waited) / (time.perf_counter() - begin) / threads)
+            if waited_before is not None:
+                waits.append((waited() - waited_before) / (time.perf_counter() - begin) / threads)
             on_round(n + 1)
     finally:
         if collecting:
@@ -147,7 +147,7 @@ def _quiet(wait: float) -> bool:
     return wait < 0.05
 
 
-def _waited() -> float | None:
+def waited() -> float | None:
     """Seconds that this process's threads were ready to run and did not, since they began."""
     try:
         tasks = [path.read_text().split() for path in Path("/proc/self/task").glob("*/schedstat")]
