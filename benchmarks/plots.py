@@ -134,3 +134,34 @@ def _mark_ends(ax, curves: Sequence[Curve], value: Callable[[Point], float]) -> 
             xytext=(9, 72 / ax.figure.dpi * lift), textcoords="offset points", color=_colour(curve.name), va="center",
             fontsize=9, fontstyle="italic", annotation_clip=False,
         )  # fmt: skip
+
+
+def draw_predictions(path: Path) -> None:
+    """Memory and time of VGGT's size against frames, counted from shapes; every curve is a prediction."""
+    from . import predictions
+
+    plt = pyplot()
+    frames = (10, 30, 100, 300, 1000, 3000, 10000)
+    fig, (memory, time) = plt.subplots(1, 2, figsize=(12, 5.4), layout="constrained")
+    for method, gpus, style in (("gate4d", 1, "-"), ("gate4d", 8, "--"), ("SDPA + mask", 1, "-"), ("maps", 1, "-")):
+        y = [predictions.vggt_bytes(n, method, gpus) / 2**30 for n in frames]
+        label = f"{method}, {gpus} GPU{'s' if gpus > 1 else ''}"
+        memory.plot(frames, y, style, color=_colour(method), linewidth=2, label=label)
+    for size, name, side in ((80, "80 GB: H100", "top"), (141, "141 GB: H200", "bottom")):
+        memory.axhline(size * 1e9 / 2**30, color="black", linewidth=0.9, linestyle=":")
+        memory.text(9, size * 1e9 / 2**30, name, fontsize=8, ha="left", va=side)
+    for gpus, style in ((1, "-"), (8, "--")):
+        y = [predictions.vggt_operations(n) / gpus / predictions.ASSUMED_TFLOPS / 1e12 for n in frames]
+        time.plot(frames, y, style, color=_colour("gate4d"), linewidth=2, label=f"{gpus} GPU{'s' if gpus > 1 else ''}")
+    for ax, title, label in (
+        (memory, "peak memory a GPU", "GiB (log scale)"),
+        (time, f"time at an assumed {predictions.ASSUMED_TFLOPS:.0f} TFLOP/s a GPU", "seconds (log scale)"),
+    ):
+        ax.set(title=title, ylabel=label, xlabel="frames", xscale="log", yscale="log")
+        ax.xaxis.set_major_formatter(lambda x, _: f"{x:,.0f}")
+        ax.yaxis.set_major_formatter(lambda y, _: f"{y:,.0f}" if y >= 1 else f"{y:g}")
+        ax.grid(alpha=0.3)
+        ax.legend(frameon=False, fontsize=9, loc="upper left")
+    memory.set_ylim(1, 1e6)
+    fig.suptitle("PREDICTION, not measured: VGGT's size (24 + 24 blocks, 1041 tokens a frame), bf16", fontsize=12)
+    save(fig, path)

@@ -22,6 +22,8 @@ from pathlib import Path
 
 import numpy as np
 
+from .timing import QUIET
+
 Outputs = Mapping[str, np.ndarray]
 
 
@@ -300,26 +302,36 @@ def _advance(
 def _rounds(
     running: list[tuple[Worker, Curve]], frames: int, replies: dict[str, list[dict]], settings: Settings
 ) -> None:
-    """More rounds at a count, in alternating order, while they are short; the first run then counts as warm-up."""
+    """More rounds at a count, in alternating order, while they are short; the first run then counts as warm-up.
+
+    Rounds in which a process had to wait for others are repeated, twice as many at most, and left out if any is quiet.
+    """
     together = sum(replies[c.name][0]["seconds"] for _, c in running)
-    rounds = min(settings.max_rounds, int(settings.repeat_seconds * len(running) / max(together, 1e-9)))
-    for n in range(rounds):
-        for worker, curve in running if n % 2 == 0 else reversed(running):
-            reply = worker.ask(frames=frames, save=None)
+    wanted = min(settings.max_rounds, int(settings.repeat_seconds * len(running) / max(together, 1e-9)))
+    rounds: list[dict[str, dict]] = []
+    while wanted and sum(map(_quiet, rounds)) < wanted and len(rounds) < 2 * wanted:
+        found = {}
+        for worker, curve in running if len(rounds) % 2 == 0 else reversed(running):
+            found[curve.name] = reply = worker.ask(frames=frames, save=None)
             if "out_of_memory" in reply:  # it just fitted before: leave the point as it is
                 return
-            replies[curve.name].append(reply)
             curve.spent += reply["seconds"]
-    for _, curve in running if rounds else ():
-        counted = replies[curve.name][1:]
-        waits = [r["wait"] for r in counted if r["wait"] is not None]
+        rounds.append(found)
+    counted = [r for r in rounds if _quiet(r)] or rounds
+    for _, curve in running if counted else ():
+        own = [r[curve.name] for r in counted]
         curve.points[-1] = Point(
             frames,
-            tuple(r["seconds"] for r in counted),
-            max(r["peak_bytes"] for r in replies[curve.name]),
-            tuple(r["latency"] for r in counted),
-            max(waits, default=None),
+            tuple(r["seconds"] for r in own),
+            max(r["peak_bytes"] for r in [*own, *replies[curve.name]]),
+            tuple(r["latency"] for r in own),
+            max((r["wait"] for r in own if r["wait"] is not None), default=None),
         )
+
+
+def _quiet(replies: Mapping[str, dict]) -> bool:
+    """Whether no contestant had to wait for other processes in this round, as far as the system tells."""
+    return all(r["wait"] is None or r["wait"] < QUIET for r in replies.values())
 
 
 def _seconds_left(curve: Curve, curves: Sequence[Curve], budget: float) -> float:

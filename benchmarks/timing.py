@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 WARM_UP_ROUNDS = 2
+QUIET = 0.05  # share of its threads' time that a round may wait for other processes
 QUIET_ROUNDS = 3  # fewer undisturbed rounds than these say too little
 
 
@@ -144,7 +145,7 @@ def _drift(times: list[float]) -> float:
 
 
 def _quiet(wait: float) -> bool:
-    return wait < 0.05
+    return wait < QUIET
 
 
 def waited() -> float | None:
