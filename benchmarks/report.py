@@ -19,7 +19,7 @@ from .memory import MIB
 from .rows import Row, Settings
 
 SCHEMA = 1
-_BEGIN, _END = "<!-- begin: gate4d bench -->", "<!-- end: gate4d bench -->"
+KINDS = {"targets": "gate4d bench", "sequences": "gate4d bench sequences"}  # kind of a results file: its marker
 
 
 def surroundings(settings: Settings, command: list[str]) -> dict:
@@ -67,7 +67,8 @@ def load(path: Path) -> dict:
         result = json.loads(path.read_text())
     except (json.JSONDecodeError, UnicodeDecodeError) as e:
         raise ValueError(f"{path} is not a results file of `gate4d bench --json`: {e}.") from None
-    if not isinstance(result, dict) or result.get("schema") != SCHEMA or "rows" not in result:
+    known = isinstance(result, dict) and result.get("schema") == SCHEMA
+    if not known or not ({"rows", "backbones"} & set(result)):
         raise ValueError(f"{path} is not a results file of `gate4d bench --json` with schema {SCHEMA}.")
     return result
 
@@ -122,13 +123,22 @@ def heading(result: dict) -> list[str]:
         f"Python {versions['python']}, {result['date'][:10]}",
         f"command: {result['command']}",
     ]
-    if result["effort"] != "full":
-        lines.append(f"effort {result['effort']}: fewer heads, repetitions and lengths than the targets name")
+    if result["effort"] != "full" and kind(result) == "targets":
+        lines.append(f"effort {result['effort']}: fewer heads, repetitions, lengths and frames")
     return lines
 
 
+def kind(result: dict) -> str:
+    """Which part of a document a results file belongs into, a key of :data:`KINDS`."""
+    return "sequences" if "backbones" in result else "targets"
+
+
 def markdown(result: dict) -> str:
-    """The results as a Markdown table, for the documents."""
+    """The results as Markdown, for the documents."""
+    if kind(result) == "sequences":
+        from . import sequences
+
+        return sequences.markdown(result, heading(result))
     lines = [*(f"- {line}" for line in heading(result)), "", "| # | what | measured | target | result | details |"]
     lines.append("|---|---|---|---|---|---|")
     for row in result["rows"]:
@@ -140,18 +150,19 @@ def markdown(result: dict) -> str:
     return "\n".join(lines) + "\n"
 
 
-def write_into(document: Path, text: str) -> None:
-    """Replace what stands between the two marker lines of ``document``.
+def write_into(document: Path, text: str, part: str = "targets") -> None:
+    """Replace what stands between the two marker lines of a part, a key of :data:`KINDS`, in ``document``.
 
     Raises:
         ValueError: the markers are not there.
     """
+    begin_line, end_line = (f"<!-- {edge}: {KINDS[part]} -->" for edge in ("begin", "end"))
     old = document.read_text()
-    before, begin, rest = old.partition(_BEGIN)
-    _, end, after = rest.partition(_END)
+    before, begin, rest = old.partition(begin_line)
+    _, end, after = rest.partition(end_line)
     if not begin or not end:
-        raise ValueError(f"{document} must have the lines {_BEGIN!r} and {_END!r} around the table.")
-    document.write_text(f"{before}{_BEGIN}\n{text}{_END}{after}")
+        raise ValueError(f"{document} must have the lines {begin_line!r} and {end_line!r} around it.")
+    document.write_text(f"{before}{begin_line}\n{text}{end_line}{after}")
 
 
 def command_line() -> list[str]:

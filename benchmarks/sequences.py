@@ -78,7 +78,7 @@ class Effort:
 
 
 FULL = Effort("full", 300.0, 4.0, 15)
-QUICK = Effort("quick", 50.0, 1.0, 7)
+QUICK = Effort("quick", 40.0, 1.0, 7)
 
 
 def case_of(contestant: str) -> dict:
@@ -127,7 +127,8 @@ def _verify(backbone: str, counts: tuple[int, ...], frames: int, outputs: study.
                 )
             continue
         if group not in truths:
-            exact, single = (_maps(backbone, frames, case_of(name), dtype) for dtype in ("float64", "float32"))
+            case = case_of(name)
+            exact, single = (_maps(backbone, frames, counts[-1], case, d) for d in ("float64", "float32"))
             truths[group] = exact, np.abs(single - exact).max()
         truth, yardstick = truths[group]
         off = np.abs(out - truth).max()
@@ -137,9 +138,10 @@ def _verify(backbone: str, counts: tuple[int, ...], frames: int, outputs: study.
             raise WrongResult(f"{backbone}, {name}: outputs are off by {off:.1e}, allowed are {allowed:.1e}.")
 
 
-def _maps(backbone: str, frames: int, case: dict, dtype: str) -> np.ndarray:
+def _maps(backbone: str, frames: int, drawn: int, case: dict, dtype: str) -> np.ndarray:
+    """On the first of ``drawn`` random frames, as the contestants draw them."""
     with torch.inference_mode():
-        run = backbones.setup(backbone, dtype, **{**case, "method": "maps", "frames": frames})
+        run = backbones.setup(backbone, dtype, **{**case, "method": "maps", "frames": drawn})
         return torch.cat(list(run(frames))).double().numpy()
 
 
@@ -219,7 +221,12 @@ def table(name: str, data: dict) -> list[str]:
             shown = p and (f"{p['latency_seconds'] * 1000:.1f}" if stream else f"{p['fps']:.2f}")
             cells.append(f"{shown:>8}{p['peak_bytes'] / MIB:>6.0f}" if p else f"{'-':>8}{'-':>6}")
         lines.append(f"{n:>6}" + "".join(cells))
-    lines += [f"{c} stopped {curve['stopped']}." for c, curve in data["curves"].items() if curve["stopped"]]
+    return lines + _ends(data)
+
+
+def _ends(data: dict) -> list[str]:
+    """Why curves stopped, the time ratios at the last common count, and how well outputs agree."""
+    lines = [f"{c} stopped {curve['stopped']}." for c, curve in data["curves"].items() if curve["stopped"]]
     ratios = [(c, *list(r.items())[-1]) for c, r in data["time_ratios"].items() if r]
     lines += [f"time of gate4d / {c} at {n} frames: {r:.3f}" for c, n, r in ratios]
     worst = max(data["largest_relative_difference"].values(), default=None)
@@ -265,6 +272,34 @@ def gpu_table() -> list[str]:
             f"{s.operations / 1e15:>10,.0f}{_time(s.seconds):>12}"
         )
     return lines
+
+
+def markdown(result: dict, heading: list[str]) -> str:
+    """The results file as the sequences part of BENCHMARKS.md: a table and a picture per backbone, then predictions."""
+    lines = [f"- {line}" for line in heading]
+    lines.append(f"- memory limit {_size(result['max_bytes'])} a process; {result['effort']} effort")
+    for name, data in result["backbones"].items():
+        stream, columns = SEQUENCES[name].stream, list(data["curves"])
+        unit = "ms for the last frame" if stream else "frames a second"
+        lines += ["", f"### {name}: {data['stands_for']}", ""]
+        lines += [f"{data['tokens_per_frame']} tokens a frame; {unit}, then peak MiB above the loaded model.", ""]
+        lines += ["| frames | " + " | ".join(columns) + " |", "|---|" + "---|" * len(columns)]
+        for n in data["counts"]:
+            cells = []
+            for c in columns:
+                p = next((p for p in data["curves"][c]["points"] if p["frames"] == n), None)
+                speed = p and (f"{p['latency_seconds'] * 1000:.1f}" if stream else f"{p['fps']:.2f}")
+                cells.append(f"{speed}; {p['peak_bytes'] / MIB:.0f}" if p else "-")
+            lines.append(f"| {n} | " + " | ".join(cells) + " |")
+        lines += ["", *(f"- {line}" for line in _ends(data))]
+        picture = next((p for p in result["pictures"] if p.endswith(f"-{name}")), None)
+        if picture:
+            lines += ["", f"![{name}](benchmarks/results/{picture}.png)"]
+    lines += ["", "### Predicted", "", "```", *prediction_table(result["backbones"]), "", *gpu_table(), "```"]
+    picture = next((p for p in result["pictures"] if p.endswith("-predicted")), None)
+    if picture:
+        lines += ["", f"![predictions](benchmarks/results/{picture}.png)"]
+    return "\n".join(lines) + "\n"
 
 
 def _size(size: float | None) -> str:

@@ -4,6 +4,9 @@ At each frame count every implementation runs once, in turn, then again in round
 calls are short. Ratios are taken within a round, as in :mod:`.timing`. An implementation stops where its next count is
 expected to exceed its share of the time budget, or where it runs out of memory: its process may grow by so many bytes,
 beyond which allocations fail there and nowhere else. The others go on.
+
+Processes wait passively between parallel sections (OMP_WAIT_POLICY, unless it is set): threads that spin while another
+process has their core make small operations many times slower, by chance.
 """
 
 from __future__ import annotations
@@ -177,6 +180,7 @@ class Worker:
         self._process = subprocess.Popen(
             [sys.executable, "-m", "gate4d.benchmarks.study_worker", str(file.with_suffix(".json"))],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log, text=True,
+            env={"OMP_WAIT_POLICY": "passive", **os.environ},
         )  # fmt: skip
 
     def answer(self) -> dict:

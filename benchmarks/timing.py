@@ -68,11 +68,11 @@ class Comparison:
 
     def ratio(self, of: str, to: str) -> Ratio:
         """``of / to``, round by round."""
-        return _summary([a / b for a, b in zip(self.used(of), self.used(to), strict=True)])
+        return summary([a / b for a, b in zip(self.used(of), self.used(to), strict=True)])
 
     def difference(self, of: str, to: str) -> Ratio:
         """``of - to`` in seconds, round by round."""
-        return _summary([a - b for a, b in zip(self.used(of), self.used(to), strict=True)])
+        return summary([a - b for a, b in zip(self.used(of), self.used(to), strict=True)])
 
     def warnings(self) -> list[str]:
         """What makes these figures less trustworthy."""
@@ -132,7 +132,7 @@ def _sample(step: Callable[[], Any], calls: int) -> float:
     return (time.perf_counter() - begin) / calls
 
 
-def _summary(values: list[float]) -> Ratio:
+def summary(values: list[float]) -> Ratio:
     if len(values) == 1:
         return Ratio(values[0], 0.0)
     low, middle, high = statistics.quantiles(values, n=4, method="inclusive")

@@ -26,7 +26,7 @@ WHAT = {
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of ``gate4d bench``."""
     parser.add_argument("what", nargs="?", default="targets", metavar="WHAT", help=_listed(WHAT))
-    parser.add_argument("--only", metavar="A,B", help="these targets or backbones alone (`list` shows them)")
+    parser.add_argument("--only", metavar="A,B", help="these targets, backbones or (as in pytest -k) suite cases")
     parser.add_argument("--quick", action="store_true", help="fewer heads, repetitions and frame counts")
     parser.add_argument("--threads", type=int, metavar="N", help="torch threads (default: every usable core)")
     parser.add_argument("--backend", default="auto", help="implementation of gate4d to measure (default: auto)")
@@ -133,7 +133,28 @@ def _peers(args: argparse.Namespace) -> int:
 
 
 def _suite(args: argparse.Namespace) -> int:
-    raise NotImplementedError
+    from gate4d.benchmarks import baseline, rows
+
+    tolerance = baseline.TOLERANCE if args.tolerance is None else args.tolerance
+    if not tolerance >= 0:
+        raise ValueError(f"--tolerance must be 0 or more (0.15 allows 15 %), got {tolerance:g}.")
+    file = args.baseline or (baseline.STORED if baseline.STORED.exists() else None)
+    stored = None if file is None else baseline.load(file)
+    if args.save is not None and not args.save.absolute().parent.is_dir():
+        raise ValueError(f"--save must be in an existing folder, got {str(args.save)!r}.")
+    threads = _threads(args.threads)
+    about = _surroundings(args, rows.QUICK, threads)
+    cases, status = baseline.run_suite(threads, args.only)
+    lines, worse = baseline.compare(cases, stored, about, tolerance)
+    print("\n" + "\n".join(lines))
+    if status or not cases:
+        print("the suite failed: see above", file=sys.stderr)
+        return 1
+    if args.save is not None:
+        data = {**about, "kind": "suite", "tolerance": tolerance, "cases": cases}
+        args.save.write_text(json.dumps(data, indent=1) + "\n")
+        print(f"written to {args.save}")
+    return int(worse)
 
 
 def _targets(args: argparse.Namespace) -> int:
