@@ -162,6 +162,7 @@ class Peer:
         package: the package it comes from, None for torch.
         needs_cuda: it has no CPU implementation.
         unfit: why it cannot compute the others.
+        exact: it keeps q k^T in the inputs' precision; the GPU targets are measured against such peers alone.
     """
 
     name: str
@@ -170,6 +171,7 @@ class Peer:
     package: str | None = None
     needs_cuda: bool = False
     unfit: str = ""
+    exact: bool = True
 
     def reasons(self, operation: str, device: str = "cpu") -> list[str]:
         """Why it cannot run here; empty if it can."""
@@ -195,7 +197,7 @@ PEERS: dict[str, Peer] = {
         Peer("FlexAttention", flex_attention, _FORWARD, unfit="set up for forward passes"),
         Peer("flash-attn", flash_attn, ("plain",), "flash_attn", True, "it takes no bias"),
         Peer("xformers", xformers, _FORWARD, "xformers", True, "set up for forward passes"),
-        Peer("sageattention", sageattention, ("plain",), "sageattention", True, "it takes no bias"),
+        Peer("sageattention", sageattention, ("plain",), "sageattention", True, "it takes no bias", False),
         Peer("flash-colreduce", None, (), "flash_colreduce", True, "it gives column means alone"),
     )
 }

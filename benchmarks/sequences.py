@@ -261,7 +261,7 @@ def gpu_table() -> list[str]:
     """The multi-GPU predictions."""
     rate = predictions.ASSUMED_TFLOPS
     lines = [
-        "PREDICTED for VGGT's size (24 + 24 blocks, 1041 tokens a frame, bf16) at an assumed",
+        "PREDICTED for VGGT's size (24 + 24 blocks, 1041 tokens a frame), bf16, assuming",
         f"{rate:.0f} TFLOP/s a GPU, no time for communication; gate4d has no multi-GPU runner",
         f"{'frames':>8}{'GPUs':>6}{'memory a GPU':>16}{'with a dense mask':>20}{'PFLOP':>10}{'time':>12}",
     ]

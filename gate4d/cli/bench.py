@@ -212,7 +212,8 @@ def table(result: dict) -> list[str]:
 def _choose(only: str | None, known: list[str]) -> list[str]:
     if only is None:
         return known
-    wanted = [name.strip().upper() for name in only.split(",") if name.strip()]
+    names = {name.lower(): name for name in known}
+    wanted = [names.get(name.strip().lower(), name.strip()) for name in only.split(",") if name.strip()]
     unknown = [name for name in wanted if name not in known]
     if unknown or not wanted:
         raise ValueError(f"--only must be names out of {', '.join(known)}, got {', '.join(unknown) or repr(only)}.")
