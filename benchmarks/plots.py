@@ -64,12 +64,12 @@ def draw(
         for contestant, points in (counted or {}).items() if name == "memory" else ():
             x, y = zip(*((n, b / MIB) for n, b in points), strict=True)
             ax.plot(x, y, color=_colour(contestant), linewidth=1.2, linestyle=(0, (4, 3)), alpha=0.8)
-        _scale(ax, study, heading, label, log_y=name != "speed")
+        _scale(ax, study, heading, label, log_y=name == "memory")
         _mark_ends(ax, study.curves, value)
     if counted and "memory" in panels:
         ax = axes[0][list(panels).index("memory")]
-        ax.plot([], [], color="black", linewidth=1.2, linestyle=(0, (4, 3)), label="counted from shapes")
-        ax.legend(frameon=False, fontsize=9, loc="upper left", handlelength=3)
+        (line,) = ax.plot([], [], color="black", linewidth=1.2, linestyle=(0, (4, 3)), label="counted from shapes")
+        ax.legend(handles=[line], frameon=False, fontsize=9, loc="upper left", handlelength=3)
     handles, labels = axes[0][0].get_legend_handles_labels()
     fig.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False)
     fig.suptitle(title, fontsize=12)

@@ -1,7 +1,7 @@
 """Predictions beyond what was run: nothing here is a measurement, and everything that shows it says so.
 
-- Time on the same machine: ``a T + b T^2`` through the measured points, relative errors weighted alike. Its error is
-  shown: the last point is predicted from the others.
+- Time on the same machine: ``a T + b T^2`` or ``c + a T`` through the measured points, relative errors weighted
+  alike. Its error is shown: the last point is predicted from the others.
 - Memory: :mod:`.memory_model`.
 - A model of VGGT's true size on several GPUs: counted bytes and operations, and an assumed rate.
 """
@@ -24,34 +24,43 @@ _VGGT = SHAPES["vggt.global"]
 
 @dataclass(frozen=True)
 class TimeModel:
-    """``seconds(T) = linear T + quadratic T^2``, both at least 0."""
+    """``seconds(T) = constant + linear T + quadratic T^2``."""
 
+    constant: float
     linear: float
     quadratic: float
 
     def seconds(self, frames: int) -> float:
         """Predicted seconds for ``frames``."""
-        return self.linear * frames + self.quadratic * frames**2
+        return self.constant + self.linear * frames + self.quadratic * frames**2
 
     @classmethod
-    def fit(cls, points: Sequence[tuple[int, float]]) -> TimeModel | None:
-        """Least relative squares through ``(frames, seconds)``; None with fewer than three points."""
+    def fit(cls, points: Sequence[tuple[int, float]], growth: str = "quadratic") -> TimeModel | None:
+        """Least relative squares through ``(frames, seconds)``; None with fewer than three points.
+
+        ``growth`` is what the model's structure says: "quadratic" (``a T + b T^2``, both at least 0) where frames
+        attend to all others, "linear" (``c + a T``) where a frame's work does not depend on their number.
+        """
         if len(points) < 3:
             return None
         frames, seconds = (np.array(x, dtype=float) for x in zip(*points, strict=True))
-        columns = np.stack((frames, frames**2), axis=1) / seconds[:, None]
-        ones = np.ones(len(points))
-        linear, quadratic = np.linalg.lstsq(columns, ones, rcond=None)[0]
-        if quadratic < 0:
-            linear, quadratic = np.linalg.lstsq(columns[:, :1], ones, rcond=None)[0][0], 0.0
-        elif linear < 0:
-            linear, quadratic = 0.0, np.linalg.lstsq(columns[:, 1:], ones, rcond=None)[0][0]
-        return cls(float(linear), float(quadratic))
+        powers = [0, 1] if growth == "linear" else [1, 2]
+        found = _least_squares(frames, seconds, powers)
+        if growth == "quadratic" and min(found) < 0:
+            powers = [powers[int(found[0] < 0)]]  # the term that is not negative
+            found = _least_squares(frames, seconds, powers)
+        terms = dict(zip(powers, found, strict=True))
+        return cls(*(float(terms.get(p, 0.0)) for p in (0, 1, 2)))
 
 
-def last_point_error(points: Sequence[tuple[int, float]]) -> float | None:
+def _least_squares(frames: np.ndarray, seconds: np.ndarray, powers: list[int]) -> np.ndarray:
+    columns = np.stack([frames**p for p in powers], axis=1) / seconds[:, None]
+    return np.linalg.lstsq(columns, np.ones(len(frames)), rcond=None)[0]
+
+
+def last_point_error(points: Sequence[tuple[int, float]], growth: str = "quadratic") -> float | None:
     """Predicted / measured - 1 of the last point, predicted from those before it; None with fewer than four."""
-    model = TimeModel.fit(points[:-1]) if len(points) > 3 else None
+    model = TimeModel.fit(points[:-1], growth) if len(points) > 3 else None
     return None if model is None else model.seconds(points[-1][0]) / points[-1][1] - 1
 
 

@@ -31,6 +31,7 @@ class Sequence:
         contestants: methods of :mod:`.backbones`; ", window" bounds the cache.
         shape: the registry's row that gives tokens a frame.
         stream: frames come one by one, so that the latency of the last one is shown beside the speed.
+        growth: of time with frames, "quadratic" or "linear".
         quick, full: frame counts.
     """
 
@@ -39,6 +40,7 @@ class Sequence:
     contestants: tuple[str, ...]
     shape: str
     stream: bool
+    growth: str
     quick: tuple[int, ...]
     full: tuple[int, ...]
 
@@ -48,19 +50,19 @@ SEQUENCES = {
     for s in (
         Sequence(
             "alternating", "VGGT, Pi3", ("gate4d", "SDPA + mask", "maps", "FlexAttention", "SDPA"), "vggt.global",
-            False, (2, 4, 8, 16, 32, 64), (2, 4, 8, 16, 32, 64, 96, 128),
+            False, "quadratic", (2, 4, 8, 16, 32, 64), (2, 4, 8, 16, 32, 64, 96, 128),
         ),
         Sequence(
             "pairwise", "DUSt3R, MonST3R, Easi3R", ("gate4d", "SDPA + mask", "maps", "SDPA"), "dust3r.encoder",
-            False, (2, 4, 8, 16, 32), (2, 4, 8, 16, 32, 64, 128),
+            False, "linear", (2, 4, 8, 16, 32), (2, 4, 8, 16, 32, 64, 128),
         ),
         Sequence(
             "recurrent", "CUT3R, TTT3R", ("gate4d", "maps", "SDPA"), "cut3r.image",
-            True, (2, 4, 8, 16, 32), (2, 4, 8, 16, 32, 64, 128),
+            True, "linear", (2, 4, 8, 16, 32), (2, 4, 8, 16, 32, 64, 128),
         ),
         Sequence(
             "streaming", "StreamVGGT, STream3R", ("gate4d", "gate4d, window", "SDPA + mask", "maps", "SDPA"),
-            "streamvggt.cached", True, (2, 4, 8, 16, 32), (2, 4, 8, 16, 32, 64, 128),
+            "streamvggt.cached", True, "quadratic", (2, 4, 8, 16, 32), (2, 4, 8, 16, 32, 64, 128),
         ),
     )
 }  # fmt: skip
@@ -78,7 +80,7 @@ class Effort:
 
 
 FULL = Effort("full", 300.0, 4.0, 15)
-QUICK = Effort("quick", 40.0, 1.0, 7)
+QUICK = Effort("quick", 70.0, 1.0, 7)
 
 
 def case_of(contestant: str) -> dict:
@@ -154,10 +156,11 @@ def as_dict(sequence: Sequence, result: Study) -> dict:
         if model is not None:
             counted[curve.name] = [[n, model(n)] for n in result.counts]
         points = [(p.frames, p.seconds) for p in curve.points]
-        time = predictions.TimeModel.fit(points)
+        growth = "linear" if case["window"] else sequence.growth
+        time = predictions.TimeModel.fit(points, growth)
         predicted[curve.name] = {
             "time_model": None if time is None else asdict(time),
-            "last_point_error": predictions.last_point_error(points),
+            "last_point_error": predictions.last_point_error(points, growth),
             "frames": {
                 str(n): {
                     "seconds": None if time is None else time.seconds(n),
@@ -212,7 +215,7 @@ def table(name: str, data: dict) -> list[str]:
     stream = SEQUENCES[name].stream
     columns = list(data["curves"])
     lines = [f"{name}: shaped like {data['stands_for']}; {data['tokens_per_frame']} tokens a frame"]
-    lines.append(" " * 6 + "".join(f"{c:>14}" for c in columns))
+    lines.append(" " * 6 + "".join(f"{c.replace('window', 'wind.'):>14}" for c in columns))
     lines.append("frames" + f"{'ms' if stream else 'FPS':>8}{'MiB':>6}" * len(columns))
     for n in data["counts"]:
         cells = []
@@ -237,7 +240,7 @@ def _ends(data: dict) -> list[str]:
 
 def prediction_table(found: dict[str, dict]) -> list[str]:
     """What 1,000 and 10,000 frames would take: the same stacks here, and VGGT's size on GPUs."""
-    lines = ["PREDICTED, not measured: a T + b T^2 through the points above; bytes from shapes"]
+    lines = ["PREDICTED, not measured: curves through the points above; bytes from shapes"]
     head = "".join(f"{f'{n:,} frames':>24}" for n in predictions.FRAMES)
     lines.append(f"{'':<31}{head[:24]}{head[24:]}")
     for name, data in found.items():
@@ -357,7 +360,7 @@ def run(
     data = {n: d for n, (_, d) in found.items()}
     hardware = about["hardware"]
     subtitle = (
-        f"{hardware['processor']}, {threads} threads, fp32, torch {about['versions']['torch']}, "
+        f"{hardware['processor']}, {threads} thread{'s' * (threads > 1)}, fp32, torch {about['versions']['torch']}, "
         f"gate4d {about['versions']['gate4d']} (backend {about['backend']}), "
         f"memory limit {effort.max_bytes / 2**30:g} GiB a process"
     )

@@ -115,6 +115,8 @@ def test_time_model_and_its_error():
     assert predictions.last_point_error(points[:3]) is None
     falling = predictions.TimeModel.fit([(n, n - 0.001 * n * n) for n in (2, 4, 8, 16)])
     assert falling.quadratic == 0
+    straight = predictions.TimeModel.fit([(n, 3 + 2 * n) for n in (2, 4, 8)], "linear")
+    assert straight.seconds(1000) == pytest.approx(2003)
     rising = predictions.TimeModel.fit([(n, n * n - 0.5 * n) for n in (2, 4, 8, 16)])
     assert rising.linear == 0
 
