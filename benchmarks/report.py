@@ -117,8 +117,9 @@ def details(row: dict) -> list[str]:
 def heading(result: dict) -> list[str]:
     """Where and how it was measured."""
     hardware, versions = result["hardware"], result["versions"]
+    threads = f"{result['threads']} thread{'s' * (result['threads'] > 1)}"
     lines = [
-        f"{hardware['processor']}, {hardware['cores']} cores, {hardware['capability']}; {result['threads']} threads",
+        f"{hardware['processor']}, {hardware['cores']} cores, {hardware['capability']}; {threads}",
         f"gate4d {versions['gate4d']} (backend {result['backend']}), torch {versions['torch']}, "
         f"Python {versions['python']}, {result['date'][:10]}",
         f"command: {result['command']}",

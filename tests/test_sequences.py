@@ -1,8 +1,7 @@
 """Backbones under every method, counted memory, predictions, tables; peers by operation; the stored baseline."""
 
 import json
-import os
-import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -307,4 +306,15 @@ def test_the_suite_runs_under_pytest_benchmark(monkeypatch):
     (measured,) = found.values()
     assert measured["ratio"] > 0
     assert np.isfinite(measured["spread"])
-    assert os.path.basename(sys.executable)
+
+
+def test_the_document_shows_the_committed_results():
+    root = Path(__file__).parents[1]
+    text = (root / "BENCHMARKS.md").read_text()
+    edges = "<!-- begin: gate4d bench sequences -->\n", "<!-- end: gate4d bench sequences -->"
+    shown = text.partition(edges[0])[2].partition(edges[1])[0]
+    (file,) = (root / "benchmarks" / "results").glob("sequences-cpu-*.json")
+    result = report.load(file)
+    assert shown == report.markdown(result)
+    for picture in result["pictures"]:
+        assert all((file.parent / f"{picture}.{kind}").exists() for kind in ("png", "svg"))

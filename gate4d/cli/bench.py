@@ -104,7 +104,8 @@ def _sequences(args: argparse.Namespace) -> int:
         except KeyboardInterrupt:
             print("interrupted: nothing was written", file=sys.stderr)
             return 130
-    print("\n".join(lines))
+    for line in lines:
+        print("\n".join(textwrap.wrap(line, _WIDTH, subsequent_indent="    ")) if len(line) > _WIDTH else line)
     print(f"written to {file} and pictures (.png, .svg) beside it")
     return 0 if complete else 1
 
