@@ -19,6 +19,7 @@ from .memory_model import memory_model
 from .resident import MIB
 from .rows import one_line
 from .study import Contestant, Study
+from .timing import QUIET
 
 
 @dataclass(frozen=True)
@@ -232,6 +233,11 @@ def _ends(data: dict) -> list[str]:
     lines = [f"{c} stopped {curve['stopped']}." for c, curve in data["curves"].items() if curve["stopped"]]
     ratios = [(c, *list(r.items())[-1]) for c, r in data["time_ratios"].items() if r]
     lines += [f"time of gate4d / {c} at {n} frames: {r:.3f}" for c, n, r in ratios]
+    waits = [p["wait"] for c in data["curves"].values() for p in c["points"] if p["wait"] is not None]
+    if disturbed := sum(w >= QUIET for w in waits):
+        lines.append(
+            f"DISTURBED: at {disturbed} of {len(waits)} points the process waited for others, up to {max(waits):.0%}"
+        )
     worst = max(data["largest_relative_difference"].values(), default=None)
     if worst is not None:
         lines.append(f"outputs that should agree differ by at most {worst:.1e} of the largest")
