@@ -17,9 +17,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import gate4d
 from gate4d import MotionGate, TokenLayout, Visibility
 
-from ..peers import motion_score_mod
+from ..cases import Inputs
+from ..peers import PEERS, motion_score_mod
+from ..registry import SHAPES
 
-HEADS, DIM, FRAME = 16, 64, 1041
+SHAPE = SHAPES["vggt.global"]
+HEADS, DIM, FRAME = SHAPE.heads, SHAPE.head_dim, SHAPE.keys
 SDPA = {
     "flash": SDPBackend.FLASH_ATTENTION,
     "cudnn": SDPBackend.CUDNN_ATTENTION,
@@ -60,12 +63,10 @@ def sdpa(backend: str, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 def all_sdpa(q: Tensor, k: Tensor, v: Tensor) -> dict[str, Step]:
     steps: dict[str, Step] = {f"SDPA {name}": partial(sdpa, name, q, k, v) for name in SDPA}
-    try:
-        from flash_attn import flash_attn_func
-    except ImportError:
-        return steps
-    layout = [x.transpose(1, 2) for x in (q, k, v)]
-    return {**steps, "flash-attn": partial(flash_attn_func, *layout)}
+    for peer in PEERS.values():  # what is installed; not run on a GPU yet
+        if peer.needs_cuda and peer.exact and not peer.reasons("plain", "cuda"):
+            steps[peer.name] = peer.build(Inputs(q, k, v))
+    return steps
 
 
 def check_rows(

@@ -1,1 +1,1 @@
-"""Models that exercise the attention: none of them is trained."""
+"""Small models of this library."""
