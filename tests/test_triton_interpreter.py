@@ -36,6 +36,7 @@ else:
     from gate4d.kernels.attention import triton_launch
     from gate4d.kernels.attention.reference import attention as attention_reference
     from gate4d.kernels.attention.triton_configs import PASSES, Config, override
+    from gate4d.kernels.cross_moments import triton as cross_triton
     from gate4d.kernels.received_attention import triton as received_triton
     from gate4d.kernels.received_attention.reference import received_attention as received_reference
     from gate4d.kernels.triton_common import power_code
@@ -76,6 +77,10 @@ else:
         Case("pairwise", "full", SINGLE, batch=1, heads=1, queries=1, keys=1, dim=1),
         Case("pairwise", "full", HALF, batch=1, queries=1, keys=63, dim=256, value_dim=40),
         Case("pairwise", "full", HALF, logit_scale=8.0, **SMALL),
+        Case("none", "full", SINGLE, logit_scale=30.0, **SMALL),
+        Case("pairwise", "full", SINGLE, logit_scale=30.0, **SAME),
+        Case("keys", "full", SINGLE, logit_scale=40.0, dim=64, **SAME),
+        Case("pairwise_1.7", "window", SINGLE, logit_scale=30.0, **SMALL),
     ]
 
     @pytest.fixture(autouse=True)
@@ -168,6 +173,32 @@ else:
         got = received_triton.received_attention(x.q, x.k, lse, *rest)
         for name, *values in zip(("mean", "m2"), got, exact, torch_result, strict=True):
             assert_accurate(name, *values)
+
+    @pytest.mark.parametrize(
+        ("rows", "columns", "dim", "dtype", "unit"),
+        [(1, 2, 1, SINGLE, 1), (33, 70, 17, SINGLE, 1), (50, 129, 40, HALF, 1e6), (64, 16, 130, HALF, 1e-6)],
+    )
+    @pytest.mark.parametrize("offset", [0.0, 100.0])
+    def test_cross_moments(
+        rows: int, columns: int, dim: int, dtype: torch.dtype, unit: float, offset: float, poisoned_memory: None
+    ) -> None:
+        """Against the products in float64; columns may lie outside the range of fp16, as sums over frames can."""
+        x = [torch.randn(2, rows, h, dim).to(dtype).transpose(1, 2) for h in (2, 1)]
+        y = unit * (torch.randn(2, columns, 3 * dim) + offset)
+        mean, m2 = cross_triton.cross_moments(x, y, y.mean(1))
+        z = torch.cat([p.transpose(1, 2).flatten(2) for p in x], 2).double() @ y.double().mT
+        exact = z.var(-1, unbiased=False) * columns
+        assert ((m2 - exact).abs() <= 1e-5 * exact).all(), ((m2 - exact).abs() / exact).max()
+        assert (mean - z.mean(-1)).abs().max() <= 1e-5 * z.mean(-1).abs().max()
+
+    @pytest.mark.parametrize("dtype", [HALF, torch.bfloat16])
+    def test_sixteen_bit_columns_lose_nothing_that_counts(dtype: torch.dtype) -> None:
+        y = torch.randn(3, 40, 50) * torch.tensor([1e-30, 1.0, 1e8])[:, None, None]
+        y[0, 0] = 0
+        high, low, unit = cross_triton._split(y, dtype)
+        assert high.isfinite().all()
+        error = (unit.double()[:, :, None] * (high.double() + low.double()) - y).abs()
+        assert (error <= 2**-17 * y.abs() + 2**-36 * y.abs().amax((1, 2), keepdim=True)).all()
 
     def test_power_code() -> None:
         assert [power_code(s, False) for s in (0.5, 1, 1.5, 2, 3, 4, 5, 0.3)] == [1, 2, 3, 4, 6, 8, 0, 0]

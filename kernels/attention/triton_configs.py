@@ -16,12 +16,12 @@ from pathlib import Path
 import torch
 
 TUNED = Path(__file__).with_name("triton_tuned.json")
-PASSES = ("forward", "forward_stats", "grad_query", "grad_key", "received")
+PASSES = ("forward", "forward_stats", "grad_query", "grad_key", "received", "cross")
 
 
 @dataclass(frozen=True)
 class Config:
-    """How one kernel is compiled. The last two are variants of the forward pass."""
+    """How one kernel is compiled. The last three are variants of the forward pass."""
 
     block_m: int
     block_n: int
@@ -29,6 +29,7 @@ class Config:
     num_stages: int
     descriptors: bool = False  # load K and V through tensor descriptors (the copy engine from Hopper on)
     persistent: bool = False
+    polynomial: bool = False  # half of the exponentials on the FMA units; 16-bit types only
 
     @property
     def options(self) -> dict[str, int]:
@@ -49,12 +50,15 @@ _AMPERE: Table = {
     ("grad_query", 4): {64: (32, 32, 8, 1), 128: (32, 16, 8, 1), 256: (16, 16, 8, 1)},
     ("grad_key", 4): {64: (32, 32, 4, 1), 128: (16, 32, 8, 1), 256: (16, 32, 8, 1)},
     ("received", 4): {64: (32, 32, 8, 1), 128: (32, 32, 8, 1), 256: (16, 32, 8, 1)},
+    ("cross", 2): {64: (64, 128, 8, 3)},
+    ("cross", 4): {64: (64, 64, 8, 2)},
 }
 _HOPPER: Table = {
     ("forward", 2): {64: (128, 128, 8, 3), 128: (128, 64, 8, 3), 256: (64, 64, 8, 2)},
     ("forward_stats", 2): {64: (64, 64, 8, 2), 128: (128, 64, 8, 3), 256: (64, 64, 8, 2)},
     ("grad_query", 2): {64: (64, 64, 8, 2), 128: (64, 64, 8, 2), 256: (64, 32, 8, 1)},
     ("grad_key", 2): {64: (32, 128, 8, 2), 128: (32, 64, 8, 1), 256: (32, 32, 8, 1)},
+    ("cross", 2): {64: (128, 128, 8, 3)},
 }
 _UNALIGNED: dict[tuple[str, int], tuple[int, int, int, int]] = {
     ("forward", 2): (64, 32, 8, 2),
