@@ -135,7 +135,7 @@ class Row:
     def cells(self) -> list[str]:
         """Tile; the most registers, local and shared memory; the fewest matrix instructions; EX2 of all variants."""
         blocks = "x".join(str(self.launch.args[f"BLOCK_{x}"]) for x in "MNK" if f"BLOCK_{x}" in self.launch.args)
-        tile = f"{blocks}, " + ", ".join(map(str, self.launch.options.values()))
+        tile = f"{blocks}, " + ", ".join(map(str, list(self.launch.options.values())[:2]))
         most = [max(getattr(c, name) for c in self.cubins) for name in ("registers", "stack", "shared")]
         matrix = [str(min(c.count(op) for c in self.cubins)) for op in ("HGMMA", "UTCHMMA", "HMMA")]
         ex2 = sorted({c.count("MUFU.EX2") for c in self.cubins})

@@ -27,29 +27,32 @@ class Config:
     block_n: int
     num_warps: int
     num_stages: int
+    registers: int = 0  # limit a thread; where the assembler is left to choose, it may spill one to fit another block
     descriptors: bool = False  # load K and V through tensor descriptors (the copy engine from Hopper on)
     persistent: bool = False
     polynomial: bool = False  # half of the exponentials on the FMA units; 16-bit types only
 
     @property
     def options(self) -> dict[str, int]:
-        return {"num_warps": self.num_warps, "num_stages": self.num_stages}
+        limit = {"maxnreg": self.registers} if self.registers else {}
+        return {"num_warps": self.num_warps, "num_stages": self.num_stages, **limit}
 
 
-# (pass, bytes per element) -> by width of the widest head: block_m, block_n, warps, stages. For each, the largest
-# tile whose compiled code needs no local memory in any combination of gate, visibility and statistics.
-Table = dict[tuple[str, int], dict[int, tuple[int, int, int, int]]]
+# (pass, bytes per element) -> by width of the widest head: block_m, block_n, warps, stages and sometimes a limit
+# of registers. For each, the largest tile whose compiled code needs no local memory in any combination of gate,
+# visibility and statistics.
+Table = dict[tuple[str, int], dict[int, tuple[int, ...]]]
 _AMPERE: Table = {
-    ("forward", 2): {64: (128, 64, 8, 3), 128: (64, 32, 8, 2), 256: (64, 64, 8, 2)},
-    ("forward_stats", 2): {64: (128, 64, 8, 3), 128: (64, 32, 8, 2), 256: (64, 64, 8, 2)},
+    ("forward", 2): {64: (128, 64, 8, 3), 128: (64, 32, 8, 2, 255), 256: (64, 64, 8, 2)},
+    ("forward_stats", 2): {64: (128, 64, 8, 3), 128: (64, 32, 8, 2, 255), 256: (64, 64, 8, 2)},
     ("grad_query", 2): {64: (64, 64, 8, 2), 128: (64, 32, 8, 2), 256: (64, 32, 8, 1)},
     ("grad_key", 2): {64: (32, 128, 8, 2), 128: (32, 32, 8, 1), 256: (32, 32, 8, 1)},
     ("received", 2): {64: (64, 128, 8, 2), 128: (64, 64, 8, 2), 256: (64, 64, 8, 1)},
     ("forward", 4): {64: (32, 32, 8, 1), 128: (32, 32, 8, 1), 256: (32, 32, 8, 2)},
     ("forward_stats", 4): {64: (32, 32, 8, 1), 128: (32, 32, 8, 1), 256: (32, 32, 8, 2)},
-    ("grad_query", 4): {64: (32, 32, 8, 1), 128: (32, 16, 8, 1), 256: (16, 16, 8, 1)},
+    ("grad_query", 4): {64: (32, 32, 8, 1, 128), 128: (32, 16, 8, 1, 255), 256: (16, 16, 8, 1, 255)},
     ("grad_key", 4): {64: (32, 32, 4, 1), 128: (16, 32, 8, 1), 256: (16, 32, 8, 1)},
-    ("received", 4): {64: (32, 32, 8, 1), 128: (32, 32, 8, 1), 256: (16, 32, 8, 1)},
+    ("received", 4): {64: (32, 32, 8, 1, 128), 128: (32, 32, 8, 1, 128), 256: (16, 32, 8, 1)},
     ("cross", 2): {64: (64, 128, 8, 3)},
     ("cross", 4): {64: (64, 64, 8, 2)},
 }
@@ -60,9 +63,9 @@ _HOPPER: Table = {
     ("grad_key", 2): {64: (32, 128, 8, 2), 128: (32, 64, 8, 1), 256: (32, 32, 8, 1)},
     ("cross", 2): {64: (128, 128, 8, 3)},
 }
-_UNALIGNED: dict[tuple[str, int], tuple[int, int, int, int]] = {
-    ("forward", 2): (64, 32, 8, 2),
-    ("forward_stats", 2): (64, 32, 8, 2),
+_UNALIGNED: dict[tuple[str, int], tuple[int, ...]] = {
+    ("forward", 2): (64, 32, 8, 2, 255),
+    ("forward_stats", 2): (64, 32, 8, 2, 255),
 }
 _override: dict[str, Config] = {}
 
