@@ -30,7 +30,8 @@ if os.environ.get("TRITON_INTERPRET") != "1":
 
 else:
     from accuracy import assert_accurate
-    from attention_cases import GATES, Case, _caller, check, draw, evaluate
+    from attention_cases import GATES, Case, _caller, check, draw, evaluate, exact
+    from torch_attention import torch_attention
 
     from gate4d import MotionGate, backends, ops
     from gate4d.kernels.attention import triton_launch
@@ -124,13 +125,26 @@ else:
         assert all(torch.equal(a, b) for a, b in zip(grads, others, strict=True))
 
     @pytest.mark.parametrize(
-        "config", [Config(64, 16, 4, 1), Config(16, 64, 4, 1), Config(32, 16, 4, 1, persistent=True)]
+        "config",
+        [Config(64, 16, 4, 1), Config(16, 64, 4, 1, registers=128), Config(32, 16, 4, 1, persistent=True)],
     )
     def test_tiles_and_a_persistent_grid(config: Config) -> None:
         with ExitStack() as stack:
             for kind in PASSES:
                 stack.enter_context(override(kind, config))
             check(Case("dropped_and_gated", "window", SINGLE, **SAME), "triton")
+
+    @pytest.mark.parametrize(("gate", "visible"), [("pairwise", "empty"), ("none", "full"), ("pairwise_1.7", "window")])
+    def test_exponentials_by_polynomial(gate: str, visible: str) -> None:
+        """The output within the rounding of fp16, lse within the cubic's 1.1e-4; unseen rows stay empty."""
+        x = draw(Case(gate, visible, HALF, **SMALL))
+        want, rounded = exact(x, gate)[0], evaluate(torch_attention, x, gate)[0]["out"]
+        with override("forward_stats", Config(32, 16, 4, 1, polynomial=True)):
+            got = evaluate(_caller("triton"), x, gate)[0]
+        assert_accurate("out", got["out"], want["out"], rounded)
+        seen = want["lse"].isfinite()
+        assert torch.equal(got["lse"].isfinite(), seen)
+        assert (got["lse"] - want["lse"])[seen].abs().max() < 1.2e-4
 
     def test_no_keys() -> None:
         """Everything is exact then: the output and all gradients are 0, and nothing is counted."""
@@ -199,6 +213,38 @@ else:
         assert high.isfinite().all()
         error = (unit.double()[:, :, None] * (high.double() + low.double()) - y).abs()
         assert (error <= 2**-17 * y.abs() + 2**-36 * y.abs().amax((1, 2), keepdim=True)).all()
+
+    @pytest.mark.parametrize(
+        ("shape", "strides"),
+        [((1, 2, 20, 16), (0, 2**31 + 16, 16, 1)), ((2, 1, 20, 16), (2**31 + 16, 0, 16, 1)),
+         ((1, 1, 275, 16), (0, 0, 2**23 - 16, 1))],
+        ids=["heads", "batch", "tokens"],
+    )  # fmt: skip
+    def test_offsets_beyond_32_bits(shape: tuple[int, ...], strides: tuple[int, ...]) -> None:
+        """Bit by bit what dense tensors give, in every kernel; of 4 GiB only the pages that are touched exist."""
+        extent = sum((n - 1) * s for n, s in zip(shape, strides, strict=True)) + 1
+        assert extent > 2**31
+        try:
+            far = torch.empty(extent, dtype=HALF).as_strided(shape, strides)
+        except RuntimeError as e:
+            pytest.skip(f"no address space: {e}")
+        near = torch.randn(shape).to(HALF)
+        far.copy_(near)
+        gate = torch.rand(2, shape[0], shape[2]).unbind(0)
+        results = []
+        with ExitStack() as stack:
+            for kind in PASSES:
+                stack.enter_context(override(kind, Config(128, 128, 4, 1)))
+            for x in (far, near):
+                args = (*gate, None, None, 0.2, 1.0, True)
+                out, lse, _ = triton_launch.forward(x, x, x, *args, False)
+                grads = triton_launch.backward(x, None, x, x, x, out, lse, *args, True)
+                received = received_triton.received_attention(x, x, lse, *gate, None, 0.2, 1.0)
+                columns = torch.ones(shape[0], 3, shape[1] * shape[3])
+                cross = cross_triton.cross_moments([x], columns, columns[:, 0])
+                results.append((out, lse, *grads, *received, *cross))
+        assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+        assert all(x.isfinite().all() for x in results[0])
 
     def test_power_code() -> None:
         assert [power_code(s, False) for s in (0.5, 1, 1.5, 2, 3, 4, 5, 0.3)] == [1, 2, 3, 4, 6, 8, 0, 0]

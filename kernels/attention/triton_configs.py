@@ -48,10 +48,10 @@ _AMPERE: Table = {
     ("grad_query", 2): {64: (64, 64, 8, 2), 128: (64, 32, 8, 2), 256: (64, 32, 8, 1)},
     ("grad_key", 2): {64: (32, 128, 8, 2), 128: (32, 32, 8, 1), 256: (32, 32, 8, 1)},
     ("received", 2): {64: (64, 128, 8, 2), 128: (64, 64, 8, 2), 256: (64, 64, 8, 1)},
-    ("forward", 4): {64: (32, 32, 8, 1), 128: (32, 32, 8, 1), 256: (32, 32, 8, 2)},
+    ("forward", 4): {64: (32, 32, 8, 1), 128: (32, 32, 8, 1), 256: (32, 32, 8, 2, 255)},
     ("forward_stats", 4): {64: (32, 32, 8, 1), 128: (32, 32, 8, 1), 256: (32, 32, 8, 2)},
     ("grad_query", 4): {64: (32, 32, 8, 1, 128), 128: (32, 16, 8, 1, 255), 256: (16, 16, 8, 1, 255)},
-    ("grad_key", 4): {64: (32, 32, 4, 1), 128: (16, 32, 8, 1), 256: (16, 32, 8, 1)},
+    ("grad_key", 4): {64: (32, 32, 4, 1, 255), 128: (16, 32, 8, 1), 256: (16, 32, 8, 1, 255)},
     ("received", 4): {64: (32, 32, 8, 1, 128), 128: (32, 32, 8, 1, 128), 256: (16, 32, 8, 1)},
     ("cross", 2): {64: (64, 128, 8, 3)},
     ("cross", 4): {64: (64, 64, 8, 2)},
@@ -62,6 +62,13 @@ _HOPPER: Table = {
     ("grad_query", 2): {64: (64, 64, 8, 2), 128: (64, 64, 8, 2), 256: (64, 32, 8, 1)},
     ("grad_key", 2): {64: (32, 128, 8, 2), 128: (32, 64, 8, 1), 256: (32, 32, 8, 1)},
     ("cross", 2): {64: (128, 128, 8, 3)},
+}
+_BLACKWELL: Table = {
+    **_HOPPER,
+    ("forward", 2): {64: (128, 64, 8, 3, 255), 128: (128, 64, 8, 3), 256: (64, 64, 8, 2)},
+    ("grad_query", 2): {64: (64, 64, 8, 2), 128: (64, 64, 8, 2, 255), 256: (64, 32, 8, 1)},
+    ("grad_key", 2): {64: (32, 128, 8, 2), 128: (32, 64, 8, 1, 255), 256: (32, 32, 8, 1)},
+    ("received", 2): {64: (64, 128, 8, 2), 128: (64, 64, 8, 2), 256: (64, 64, 8, 1, 255)},
 }
 _UNALIGNED: dict[tuple[str, int], tuple[int, ...]] = {
     ("forward", 2): (64, 32, 8, 2, 255),
@@ -80,7 +87,8 @@ def config(kind: str, capability: tuple[int, int], dtype: torch.dtype, width: in
         ):  # fmt: skip
             return Config(**row["config"])
     key = (kind, 4 if dtype == torch.float32 else 2)
-    table = _HOPPER.get(key, _AMPERE[key]) if capability >= (9, 0) else _AMPERE[key]
+    newer = _BLACKWELL if capability >= (10, 0) else _HOPPER if capability >= (9, 0) else {}
+    table = newer.get(key, _AMPERE[key])
     # Rows that Triton does not know to be aligned are loaded element by element, with an address each.
     return Config(*(table[max(64, width)] if aligned else _UNALIGNED.get(key, table[256])))
 
