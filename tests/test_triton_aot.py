@@ -26,9 +26,7 @@ def compiled(capability: tuple[int, int], dtype: torch.dtype, dim: int, variant:
     return [compile_launch(x, capability) for x in launches(capability, dtype, dim, variant, only or MAIN[:4])]
 
 
-FORWARD, QUERY, KEY, RECEIVED, CROSS = (
-    f"{n}_kernel" for n in ("forward", "grad_query", "grad_key", "received", "cross")
-)
+FORWARD, QUERY, KEY, RECEIVED, CROSS = MAIN
 # What needs the most registers or shared memory, or spilled before its tile or limit was chosen.
 CASES = [
     (HOPPER, BF16, 64, HALF_POWER, FORWARD),

@@ -238,7 +238,7 @@ def _graphed(s: Setup, run: Callable[[], Tensor]) -> tuple[Step, Callable[[], Te
 
 
 def plan(s: Setup) -> list[Work]:
-    clips = ((50, 40), (200, 120), (500, 480)) if s.unit == 1 else ((8, 1),)
+    clips = ((50, 40), (200, 120), (500, 480)) if s.unit == 1 else ((5, 1),)
     return [
         *(vggt4d_work(s, frames, seconds) for frames, seconds in clips),
         Work("G9 windowed stream, frame 200 / frame 20", 1.02, partial(_stream, s), 90),
