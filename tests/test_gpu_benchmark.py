@@ -134,9 +134,10 @@ def test_the_backward_check_sees_a_wrong_gradient(broken: str, monkeypatch: pyte
 
     def wrong(outputs, inputs, *args, **kwargs):
         grads = list(grad(outputs, inputs, *args, **kwargs))
-        if inputs[0].dtype == torch.float32:
-            x = grads[("q", "k", "v", "motion").index(broken)]
-            flat = x.reshape(-1, x.shape[-1])
+        if inputs[0].dtype == torch.float32:  # not the reference's
+            index = ("q", "k", "v", "motion").index(broken)
+            grads[index] = grads[index].contiguous()
+            flat = grads[index].view(-1, grads[index].shape[-1])
             flat[flat.norm(dim=1).argmax()] *= 1.01
         return grads
 
