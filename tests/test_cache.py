@@ -168,3 +168,46 @@ def test_bad_input():
     ):
         cache.append(torch.zeros(1, 2, 6, 8), torch.zeros(1, 2, 6, 8))
     assert cache.num_frames == 1
+
+
+@pytest.mark.parametrize(("window", "anchors"), [(None, 0), (3, 0), (3, 2)])
+def test_frames_of_different_sizes(window, anchors):
+    """Frames of one size share pages; what leaves is freed, wherever it lay."""
+    sizes = [5, 3, 5, 5, 2, 3, 3, 5, 2, 5, 5, 5, 3, 3, 5]
+    cache, seen = FrameKVCache(window, anchors=anchors, ragged=True, page_frames=2), []
+    for t, tokens in enumerate(sizes):
+        seen.append(tuple(torch.randn(2, 2, tokens, 16) for _ in "qkv"))
+        cache.append(*seen[t][1:])
+        kept = [s for s in range(t + 1) if s < anchors or window is None or s > t - window]
+        assert sorted(cache.frame_ids) == kept
+        assert cache.num_tokens == sum(sizes[s] for s in kept)
+        assert torch.allclose(cache.attend(seen[t][0]), expected(seen[t][0], [seen[s] for s in kept]), atol=1e-5)
+        scores = torch.repeat_interleave(
+            torch.tensor([float(i) for i in cache.frame_ids]), torch.tensor([sizes[i] for i in cache.frame_ids])
+        )
+        cache.add_scores(scores.expand(2, -1))
+    added = {i: (len(sizes) - i) * i for i in cache.frame_ids}  # at every frame since, its own number
+    assert {i: float(x) for i, x in cache._scores.items()} == added
+    if window is not None:  # a page for the first size, and pages of two frames for the others
+        pages = (window + anchors) * max(sizes) + 2 * (2 * max(sizes)) + 2 * (2 * 3)
+        assert cache.nbytes <= 2 * 2 * 2 * 16 * 4 * pages
+    with pytest.raises(ValueError, match="k must have the shape"):
+        cache.append(torch.zeros(1, 2, 4, 16), torch.zeros(1, 2, 4, 16))  # another batch
+
+
+@pytest.mark.parametrize("window", [None, 3])
+def test_token_causal_and_frozen(window):
+    cache, seen = FrameKVCache(window, token_causal=True), frames(8)
+    for t, (q, k, v) in enumerate(seen):
+        cache.append(k, v)
+        past = [s for s in range(t) if window is None or s > t - window]
+        k, v = (torch.cat([seen[s][i] for s in (*past, t)], dim=2) for i in (1, 2))
+        visible = torch.ones(5, k.shape[2], dtype=torch.bool).tril(5 * len(past))
+        want = F.scaled_dot_product_attention(q, k, v, attn_mask=visible)
+        assert torch.allclose(cache.attend(q), want, atol=1e-5)
+    with pytest.raises(ValueError, match="q must be the 5 tokens of the newest frame"):
+        cache.attend(q[:, :, :3])
+    cache.frozen = True
+    cache.append(k[:, :, :5], v[:, :, :5])
+    assert cache.frames_seen == 8
+    assert torch.allclose(cache.attend(q[:, :, :3]), F.scaled_dot_product_attention(q[:, :, :3], k, v), atol=1e-5)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable
 from dataclasses import fields
+from inspect import signature
 from typing import Any, Protocol
 
 from torch import nn
@@ -103,7 +104,7 @@ def patch(model: nn.Module, method: str | None = None, **options: Any) -> Handle
         model: any model with attention modules of a known structure; see :func:`gate4d.inspect`.
         method: name of a registered method, or None.
         **options: ``window``, ``anchors`` (frames that StreamVGGT's cache keeps while it streams, see
-            :class:`gate4d.nn.FrameKVCache`); others go to the method.
+            :class:`gate4d.nn.FrameKVCache`); others, and those that the method has itself, go to the method.
 
     Raises:
         TypeError: an option is unknown.
@@ -111,10 +112,11 @@ def patch(model: nn.Module, method: str | None = None, **options: Any) -> Handle
             not fit; the message lists what was found.
         RuntimeError: the model is patched already.
     """
-    names = {f.name for f in fields(Options)}
+    factory = None if method is None else _method(method)
+    taken = () if factory is None else signature(factory).parameters  # a method may have a window of its own
+    names = {f.name for f in fields(Options) if f.name not in taken}
     own = Options(**{n: v for n, v in options.items() if n in names})
     rest = {n: v for n, v in options.items() if n not in names}
-    factory = None if method is None else _method(method)
     if rest and factory is None:
         raise TypeError(f"unknown options {sorted(rest)}; without a method there are {sorted(names)}.")
     table = inspect(model)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection
 from typing import Any, NamedTuple
 
 import torch
@@ -13,7 +13,7 @@ from ..gates import MotionGate
 from ..integrations.registry import register_method
 from ..integrations.table import AttentionTable
 from ..saliency.cues import CUES, raw_cue, standardised
-from .common import RECURRENT_PARTS, Rollout, recurrent_steps, recurrent_views, require_family, require_parts
+from .common import RecurrentMethod
 
 # direction: role of the attention it gates, gate from the image tokens' scores [B, N]
 _DIRECTIONS = {
@@ -46,7 +46,7 @@ class Mut3rResult(NamedTuple):
 
 
 @register_method("mut3r")
-class Mut3r:
+class Mut3r(RecurrentMethod):
     """Motion scores from the decoder's self-attention of a frame, then the frame again under three gates.
 
     The scores need all layers and the gates sit in the first, so the decoders run twice a frame, the encoder once: the
@@ -76,8 +76,7 @@ class Mut3r:
         cue: str = "logit_mean",
         temperature: float = 1.0,
     ):
-        require_family("mut3r", table.select("state") or table, "cut3r")
-        require_parts("mut3r", model, RECURRENT_PARTS)
+        super().__init__("mut3r", model, table)
         if isinstance(directions, str) or not set(directions) <= set(_DIRECTIONS):
             raise ValueError(f"directions must be a collection of {list(_DIRECTIONS)}, got {directions!r}.")
         if cue not in CUES:
@@ -85,7 +84,6 @@ class Mut3r:
         if not temperature > 0:
             raise ValueError(f"temperature must be > 0, got {temperature!r}.")
         MotionGate(strength=strength)  # refuses a strength that does not fit
-        self.model = model
         self.directions, self.layers = tuple(directions), tuple(layers)
         self.strength, self.cue, self.temperature = strength, cue, temperature
         self.motion: Tensor | None = None  # [B, patches], of the last frame
@@ -95,31 +93,13 @@ class Mut3r:
             for d in self.directions
         }
         self._cues: list[Tensor] = []  # one [B, N] a layer, of the frame that runs
-        self._installed = Rollout(model, self.rollout)
+        self.install()
 
-    @torch.no_grad()
-    def stream(self, frames: Any) -> Iterator[Mut3rFrame]:
-        """Frame by frame, with memory that does not grow; arguments and errors as :meth:`run`."""
-        views = recurrent_views(frames, device=next(self.model.parameters()).device)
-        for prediction, state in recurrent_steps(self.model, views):
-            yield Mut3rFrame(prediction, self.motion, state)
+    def frame(self, prediction: Any, state: Tensor) -> Mut3rFrame:
+        return Mut3rFrame(prediction, self.motion, state)
 
-    def run(self, frames: Any) -> Mut3rResult:
-        """The whole clip.
-
-        Args:
-            frames: images ``[T, 3, H, W]`` in [0, 1], sides multiples of the model's patch size, or an iterable of
-                images ``[3, H, W]``, ``[B, 3, H, W]`` or of CUT3R's view dicts. One frame is enough.
-
-        Raises:
-            ValueError, TypeError: frames differ in size, are no images, or there are none.
-        """
-        steps = list(self.stream(frames))
+    def result(self, steps: list[Mut3rFrame]) -> Mut3rResult:
         return Mut3rResult([s.prediction for s in steps], torch.stack([s.motion for s in steps]), steps[-1].state)
-
-    def close(self) -> None:
-        """Take the two runs out of the model's rollout."""
-        self._installed.remove()
 
     def rollout(self, call: Callable[[], Any], old: Tensor, init: Tensor) -> Any:
         """The model's rollout ``call()`` twice: watched, then gated."""

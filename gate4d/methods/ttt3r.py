@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ..integrations.registry import register_method
 from ..integrations.table import AttentionTable
 from ..statistics.logits import mean_logits
-from .common import RECURRENT_PARTS, Rollout, recurrent_steps, recurrent_views, require_family, require_parts
+from .common import RecurrentMethod
 
 
 class Ttt3rFrame(NamedTuple):
@@ -37,7 +37,7 @@ class Ttt3rResult(NamedTuple):
 
 
 @register_method("ttt3r")
-class Ttt3r:
+class Ttt3r(RecurrentMethod):
     """``S_t = beta S_new + (1 - beta) S_{t-1}``, ``beta = sigmoid(mean over image keys, heads, layers of the logits)``.
 
     The logits are those of the state decoder's cross-attention, pose token included; their mean comes in closed form
@@ -53,50 +53,31 @@ class Ttt3r:
             views themselves ask for.
     """
 
+    renew_pose = True
+
     def __init__(self, model: nn.Module, table: AttentionTable, *, reset_every: int | None = None):
         if "ttt3r" in table.families:
             raise ValueError(
                 "method 'ttt3r' is for plain CUT3R, found TTT3R's own fork, whose loop updates the state by itself: "
                 "patch it without a method."
             )
-        require_family("ttt3r", table.select("state") or table, "cut3r")
-        require_parts("ttt3r", model, RECURRENT_PARTS)
+        super().__init__("ttt3r", model, table)
         if reset_every is not None and (not isinstance(reset_every, int) or reset_every < 1):
             raise ValueError(f"reset_every must be None or an int >= 1 (frames), got {reset_every!r}.")
-        self.model = model
         self.reset_every = reset_every
         self.rate: Tensor | None = None  # [B, S], of the last update
         self._means: list[Tensor] = []  # one [B, S] a layer, of the frame that runs
         for row in table.select("state cross"):
             row.control.observers.append(self._observe)
-        self._installed = Rollout(model, self.rollout)
+        self.install()
 
-    @torch.no_grad()
-    def stream(self, frames: Any) -> Iterator[Ttt3rFrame]:
-        """Frame by frame, with memory that does not grow; arguments and errors as :meth:`run`."""
-        views = recurrent_views(frames, device=next(self.model.parameters()).device)
-        for prediction, state in recurrent_steps(self.model, self._scheduled(views), renew_pose=True):
-            yield Ttt3rFrame(prediction, self.rate, state)
+    def frame(self, prediction: Any, state: Tensor) -> Ttt3rFrame:
+        return Ttt3rFrame(prediction, self.rate, state)
 
-    def run(self, frames: Any) -> Ttt3rResult:
-        """The whole clip.
-
-        Args:
-            frames: images ``[T, 3, H, W]`` in [0, 1], sides multiples of the model's patch size, or an iterable of
-                images ``[3, H, W]``, ``[B, 3, H, W]`` or of CUT3R's view dicts. One frame is enough.
-
-        Raises:
-            ValueError, TypeError: frames differ in size, are no images, or there are none.
-        """
-        steps = list(self.stream(frames))
+    def result(self, steps: list[Ttt3rFrame]) -> Ttt3rResult:
         return Ttt3rResult([s.prediction for s in steps], torch.stack([s.rate for s in steps]), steps[-1].state)
 
-    def close(self) -> None:
-        """Take the update out of the model's rollout."""
-        self._installed.remove()
-
     def rollout(self, call: Callable[[], Any], old: Tensor, init: Tensor) -> Any:
-        """The model's rollout ``call()`` from the state ``old [B, S, C]``; ``init`` is the initial state."""
         self._means.clear()
         new, *rest = call()
         if not self._means:  # a copy of the model whose patch was removed
@@ -108,8 +89,8 @@ class Ttt3r:
         beta = self.rate[..., None]
         return (beta * new + (1 - beta) * old, *rest)
 
-    def _scheduled(self, views: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-        for number, view in enumerate(views):
+    def views(self, frames: Any) -> Iterator[dict[str, Any]]:
+        for number, view in enumerate(super().views(frames)):
             if self.reset_every is not None and (number + 1) % self.reset_every == 0:
                 view["reset"] = torch.ones_like(view["reset"])
             yield view

@@ -96,6 +96,10 @@ class Vggt4d:
             ImportError: an extra is missing; names it.
         """
         images = clip_images(frames, self.aggregator.patch_size, device=next(self.model.parameters()).device)
+        if images.shape[-2] * images.shape[-1] == self.aggregator.patch_size**2:
+            raise ValueError(
+                f"frames must have at least 2 patches, whose saliency can differ, got {list(images.shape)}."
+            )
         predictions, saliency, encoded = self._first(images)
         size = tuple(images.shape[-2:])
         grid = size[0] // self.aggregator.patch_size, size[1] // self.aggregator.patch_size

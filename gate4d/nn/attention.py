@@ -20,6 +20,7 @@ from .fused_rope import apply_fused, fuses
 from .rope import RoPE2D
 
 Gate = MotionGate | Callable[[Tensor, Tensor], MotionGate | None] | None
+Visible = Visibility | Callable[[Tensor, Tensor], Visibility | None] | None
 Observer = Callable[[Tensor, Tensor, float], None]
 
 
@@ -29,7 +30,11 @@ class AttentionControl:
     Attributes:
         gate: a :class:`MotionGate`, or a function of ``q [B, H, Nq, D]`` and ``k [B, H, Nk, D]`` that returns one (or
             None), or None.
-        visible: a :class:`Visibility` or None for what the model itself asks for.
+        visible: a :class:`Visibility`, or a function of q and k that returns one (or None), or None for what the model
+            itself asks for.
+        cache: a :class:`FrameKVCache`, or a function that returns the one of the call at hand, or None. With it a call
+            is one frame of a stream, and the cache holds what is visible: ``visible``, of the call or here, does not
+            apply.
         observers: called as ``observer(q, k, scale)`` after norm and RoPE, before the attention. With a cache, ``k``
             holds the keys of the current frame.
         backend: passed to :func:`gate4d.gated_attention`.
@@ -38,7 +43,8 @@ class AttentionControl:
 
     def __init__(self) -> None:
         self.gate: Gate = None
-        self.visible: Visibility | None = None
+        self.visible: Visible = None
+        self.cache: FrameKVCache | Callable[[], FrameKVCache] | None = None
         self.observers: list[Observer] = []
         self.backend = "auto"
         self.tokens: tuple[int, int] | None = None
@@ -72,7 +78,13 @@ class AttentionControl:
         gate = _one("gate", gate, self.gate)
         if callable(gate):
             gate = gate(q, k)
-        visible = _one("visible", visible, self.visible)
+        if self.cache is None:
+            visible = _one("visible", visible, self.visible)
+            if callable(visible):
+                visible = visible(q, k)
+        else:
+            visible, cache = None, _one("cache", cache, self.cache)
+            cache = cache() if callable(cache) else cache
         if cache is None:
             keys = k.shape[2]
             out = gated_attention(q, k, v, gate=gate, visible=visible, scale=scale, backend=self.backend)
@@ -82,8 +94,7 @@ class AttentionControl:
             cache.append(k, v)
             keys = cache.num_tokens
             out = cache.attend(q, gate=gate, scale=scale, backend=self.backend)
-        if not torch.compiler.is_compiling():
-            self.tokens = (q.shape[2], keys)
+        self.tokens = (q.shape[2], keys)
         return out
 
 
@@ -159,7 +170,8 @@ class SelfAttention(_Attention):
         pos = None if self.rope is None else pos
         if fuses(q, self.q_norm, self.rope) and fuses(k, self.k_norm, self.rope):
             q = apply_fused(q, self.q_norm, self.rope, pos)
-            if cache is not None and not torch.is_grad_enabled() and cache.stores(v.dtype) == k.dtype:
+            direct = cache is not None and not (cache.frozen or torch.is_grad_enabled())
+            if direct and cache.stores(v.dtype) == k.dtype:
                 slot_k, slot_v = cache.slot(k, v)
                 k = apply_fused(k, self.k_norm, self.rope, pos, out=slot_k)
                 v = slot_v.copy_(v)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..functional import gated_attention
 from ..gates import MotionGate
+from ..visibility import Visibility
 
 PAGE_TOKENS = 4096  # a page is a few frames: large enough that merging pages costs little, small enough to be slack
 
@@ -35,6 +36,13 @@ class FrameKVCache:
             may go, oldest first, and their scores fp32 ``[len(frame_ids)]`` (see :meth:`add_scores`), and
             returns one of the ids. None evicts the oldest. Anchors never leave.
         page_frames: fewest frames of a page of a cache without a window.
+        ragged: whether frames may differ in their number of tokens. Frames of one size share pages; a new size starts
+            a page of ``page_frames`` frames, also beside the one page of a window.
+        token_causal: a query of the newest frame sees of its own frame only the tokens up to itself, as language
+            models do, instead of all of it. The queries must be that frame's, one a token.
+
+    Attributes:
+        frozen: while True, :meth:`append` keeps nothing, and any queries look at all that is held.
     """
 
     def __init__(
@@ -45,6 +53,8 @@ class FrameKVCache:
         dtype: torch.dtype | None = None,
         policy: Policy | None = None,
         page_frames: int = 4,
+        ragged: bool = False,
+        token_causal: bool = False,
     ):
         if window is not None and (not isinstance(window, int) or window < 1):
             raise ValueError(f"window must be None or an int >= 1 (frames, the current one included), got {window!r}.")
@@ -57,13 +67,17 @@ class FrameKVCache:
         self.dtype = dtype
         self.policy = policy
         self.page_frames = page_frames
+        self.ragged = ragged
+        self.token_causal = token_causal
+        self.frozen = False
         self.reset()
 
     def reset(self) -> None:
         """Forget everything; the next frame may have another number of tokens."""
         self._pages: list[tuple[Tensor, Tensor]] = []  # k [B, H, frames * P, D], v [B, H, frames * P, Dv]
-        self._ids: list[int] = []  # frame id in each used slot, pages one after the other
-        self._scores: list[Tensor] = []  # per used slot, fp32 scalar
+        self._sizes: list[int] = []  # P of each page
+        self._ids: list[list[int]] = []  # of each page, the frame id in each used slot
+        self._scores: dict[int, Tensor] = {}  # by frame id, fp32 scalar
         self._next_id = 0
         self._slot: Tensor | None = None  # int64 [P]: where write() puts the frame, inside its page
         self._page = 0
@@ -77,17 +91,17 @@ class FrameKVCache:
     @property
     def num_frames(self) -> int:
         """Frames held."""
-        return len(self._ids)
+        return sum(map(len, self._ids))
 
     @property
     def num_tokens(self) -> int:
         """Keys held."""
-        return len(self._ids) * self.tokens_per_frame
+        return sum(len(ids) * size for ids, size in zip(self._ids, self._sizes, strict=True))
 
     @property
     def frame_ids(self) -> tuple[int, ...]:
         """Ids (0, 1, ... in order of arrival) of the frames held, in storage order."""
-        return tuple(self._ids)
+        return tuple(i for ids in self._ids for i in ids)
 
     @property
     def frames_seen(self) -> int:
@@ -105,8 +119,11 @@ class FrameKVCache:
         ``append`` is :meth:`reserve` followed by :meth:`write`.
 
         Raises:
-            ValueError: the frame does not have the shape of those held (a change of resolution); reset() first.
+            ValueError: the frame does not have the shape of those held (a change of resolution); reset() first, or
+                make the cache ``ragged``.
         """
+        if self.frozen:
+            return
         claimed, self._claimed = self._claimed, None
         if claimed is not None and k is claimed[0] and v is claimed[1]:
             return
@@ -120,8 +137,9 @@ class FrameKVCache:
         copies nothing. Of k and v only shapes, dtypes and devices are read.
         """
         self.reserve(k, v)
-        first = self._locate(self._ids.index(self._next_id - 1))[1] * self.tokens_per_frame
-        self._claimed = tuple(x.narrow(2, first, self.tokens_per_frame) for x in self._pages[self._page])
+        tokens = self.tokens_per_frame
+        first = self._ids[self._page].index(self._next_id - 1) * tokens
+        self._claimed = tuple(x.narrow(2, first, tokens) for x in self._pages[self._page])
         return self._claimed
 
     def stores(self, dtype: torch.dtype) -> torch.dtype:
@@ -136,20 +154,25 @@ class FrameKVCache:
         """
         self._check(k, v)
         tokens = self.tokens_per_frame = k.shape[2]
-        slot = len(self._ids)
-        if self.window is not None and slot == self.window + self.anchors:
-            slot = self._evict()
-        else:
-            if slot == self._capacity():
-                self._allocate(k, v)
-            self._ids.append(0)
-            self._scores.append(torch.zeros((), device=k.device))
-        self._ids[slot] = self._next_id
-        self._scores[slot] = torch.zeros((), device=k.device)
+        page, slot = None, 0
+        if self.window is not None and self.num_frames == self.window + self.anchors:
+            page, slot = self._evict()
+            if self._sizes[page] != tokens:
+                self._release(page, slot)
+                page = None
+        if page is None:
+            page = self._page_with_room(tokens)
+            if page is None:
+                page = self._allocate(k, v)
+            slot = len(self._ids[page])
+            self._ids[page].append(0)
+        self._ids[page][slot] = self._next_id
+        self._scores[self._next_id] = torch.zeros((), device=k.device)
         self._next_id += 1
-        self._page, first = self._locate(slot)
-        index = torch.arange(first * tokens, (first + 1) * tokens, device=k.device)
-        self._slot = index if self._slot is None or self._slot.device != k.device else self._slot.copy_(index)
+        self._page = page
+        index = torch.arange(slot * tokens, (slot + 1) * tokens, device=k.device)
+        reusable = self._slot is not None and self._slot.device == k.device and self._slot.shape == index.shape
+        self._slot = self._slot.copy_(index) if reusable else index
 
     def write(self, k: Tensor, v: Tensor) -> None:
         """Write one frame into the reserved slot; see :meth:`append` for shapes."""
@@ -172,19 +195,16 @@ class FrameKVCache:
             return cache
         cache._pages = [(k.detach().to(v.dtype), v.detach())]
         cache.tokens_per_frame = k.shape[2] // frames
-        cache._ids = list(range(frames))
-        cache._scores = [torch.zeros((), device=k.device) for _ in range(frames)]
+        cache._sizes = [cache.tokens_per_frame]
+        cache._ids = [list(range(frames))]
+        cache._scores = {i: torch.zeros((), device=k.device) for i in range(frames)}
         cache._next_id = frames
         return cache
 
     def pages(self) -> list[tuple[Tensor, Tensor]]:
         """The used part of each page: views ``k [B, H, n * P, D]`` and ``v [B, H, n * P, Dv]``, not copies."""
-        left, used = self.num_tokens, []
-        for k, v in self._pages:
-            count = min(left, k.shape[2])
-            used.append((k.narrow(2, 0, count), v.narrow(2, 0, count)))
-            left -= count
-        return used
+        counts = [len(ids) * size for ids, size in zip(self._ids, self._sizes, strict=True)]
+        return [(k.narrow(2, 0, n), v.narrow(2, 0, n)) for (k, v), n in zip(self._pages, counts, strict=True)]
 
     def attend(
         self, q: Tensor, *, gate: MotionGate | None = None, scale: float | None = None, backend: str = "auto"
@@ -201,23 +221,39 @@ class FrameKVCache:
             x = getattr(gate, name, None)
             if x is not None and x.shape[-1] != self.num_tokens:
                 raise ValueError(f"gate.{name} must have {self.num_tokens} keys, got {x.shape[-1]}.")
-        for k, v in pages:
+        for number, (k, v) in enumerate(pages):
             part = _keys_of(gate, start, start + k.shape[2])
             start += k.shape[2]
-            call = {"gate": part, "scale": scale, "backend": backend}
+            own = self.token_causal and not self.frozen and number == self._page
+            visible = self._up_to_itself(q.shape[2], k.shape[2]) if own else None
+            call = {"gate": part, "visible": visible, "scale": scale, "backend": backend}
             if len(pages) == 1:
                 return gated_attention(q.to(k.dtype), k, v, **call).to(dtype)
             out, aux = gated_attention(q.to(k.dtype), k, v, return_aux=True, **call)
             merged = _merge(merged, (out.float(), aux.lse))
         return merged[0].to(dtype)
 
+    def _up_to_itself(self, queries: int, keys: int) -> Visibility:
+        """Of the newest frame's page: every other slot, and of the frame's own slot the tokens up to the query's."""
+        tokens = self.tokens_per_frame
+        if queries != tokens:
+            raise ValueError(
+                f"q must be the {tokens} tokens of the newest frame in a token-causal cache, got {queries}."
+            )
+        slot = self._ids[self._page].index(self._next_id - 1)
+        after = torch.full((tokens,), (slot + 1) * tokens)
+        return Visibility.intervals(after, torch.full_like(after, keys), torch.arange(tokens) + slot * tokens + 1)
+
     def add_scores(self, scores: Tensor) -> None:
         """Feed statistics to the eviction policy: ``scores [B, num_tokens]`` (such as attention received per key), in
         storage order. Each frame's score grows by the mean over its tokens and the batch."""
         if scores.shape[-1] != self.num_tokens:
             raise ValueError(f"scores must have {self.num_tokens} entries a batch item, got {list(scores.shape)}.")
-        means = scores.detach().float().reshape(-1, self.num_frames, self.tokens_per_frame).mean((0, 2))
-        self._scores = [old + new for old, new in zip(self._scores, means, strict=True)]
+        start, scores = 0, scores.detach().float().reshape(-1, self.num_tokens)
+        for ids, size in zip(self._ids, self._sizes, strict=True):
+            part = scores[:, start : start + len(ids) * size].unflatten(1, (len(ids), size))
+            start += len(ids) * size
+            self._scores |= {i: self._scores[i] + mean for i, mean in zip(ids, part.mean((0, 2)), strict=True)}
 
     def _check(self, k: Tensor, v: Tensor) -> None:
         for name, x in (("k", k), ("v", v)):
@@ -228,43 +264,58 @@ class FrameKVCache:
         if not self._pages:
             return
         for name, x, held in (("k", k, self._pages[0][0]), ("v", v, self._pages[0][1])):
-            wanted = [*held.shape[:2], self.tokens_per_frame, held.shape[3]]
+            tokens = x.shape[2] if self.ragged else self.tokens_per_frame
+            wanted = [*held.shape[:2], tokens, held.shape[3]]
             if list(x.shape) != wanted:
                 raise ValueError(
                     f"{name} must have the shape {wanted} of the frames held, got {list(x.shape)}: frames of another "
                     "resolution or batch need a reset() of the cache."
                 )
 
-    def _capacity(self) -> int:
-        return sum(k.shape[2] for k, _ in self._pages) // max(1, self.tokens_per_frame)
+    def _page_with_room(self, tokens: int) -> int | None:
+        """A page of frames of this size with a free slot."""
+        for page, ((k, _), size, ids) in enumerate(zip(self._pages, self._sizes, self._ids, strict=True)):
+            if size == tokens and len(ids) * size < k.shape[2]:
+                return page
+        return None
 
-    def _allocate(self, k: Tensor, v: Tensor) -> None:
+    def _allocate(self, k: Tensor, v: Tensor) -> int:
         tokens = self.tokens_per_frame
-        if self.window is not None:
+        if self.window is not None and not self._pages:
             frames = self.window + self.anchors
+        elif self.window is not None:  # another size than the first frame's
+            frames = min(self.page_frames, self.window + self.anchors)
         else:  # small caches start small; no page is larger than PAGE_TOKENS or page_frames frames
             frames = max(self.page_frames, min(self.num_frames, PAGE_TOKENS // max(1, tokens)))
         dtype = self.dtype or v.dtype
         shapes = ((*x.shape[:2], frames * tokens, x.shape[3]) for x in (k, v))
         self._pages.append(tuple(torch.empty(s, dtype=dtype, device=k.device) for s in shapes))
+        self._sizes.append(tokens)
+        self._ids.append([])
+        return len(self._pages) - 1
 
-    def _locate(self, slot: int) -> tuple[int, int]:
-        for page, (k, _) in enumerate(self._pages):
-            frames = k.shape[2] // self.tokens_per_frame
-            if slot < frames:
-                return page, slot
-            slot -= frames
-        raise IndexError(f"slot {slot} lies outside the cache")
-
-    def _evict(self) -> int:
-        candidates = sorted(i for i in self._ids if i >= self.anchors)
+    def _evict(self) -> tuple[int, int]:
+        """Page and slot of the frame that leaves."""
+        candidates = sorted(i for i in self.frame_ids if i >= self.anchors)
         chosen = candidates[0]
         if self.policy is not None:
-            scores = torch.stack([self._scores[self._ids.index(i)] for i in candidates])
-            chosen = self.policy(candidates, scores)
+            chosen = self.policy(candidates, torch.stack([self._scores[i] for i in candidates]))
             if chosen not in candidates:
                 raise ValueError(f"policy must return one of the frame ids {candidates}, got {chosen!r}.")
-        return self._ids.index(chosen)
+        del self._scores[chosen]
+        return next((page, ids.index(chosen)) for page, ids in enumerate(self._ids) if chosen in ids)
+
+    def _release(self, page: int, slot: int) -> None:
+        """Free a slot for good: the page's last frame moves into it, and a page without frames goes."""
+        ids, size = self._ids[page], self._sizes[page]
+        last = len(ids) - 1
+        for x in self._pages[page]:
+            x[:, :, slot * size : (slot + 1) * size] = x[:, :, last * size : (last + 1) * size].clone()
+        ids[slot] = ids[last]
+        ids.pop()
+        if not ids:
+            for held in (self._pages, self._sizes, self._ids):
+                del held[page]
 
 
 def _check_frames(k: Tensor, v: Tensor, frames: int) -> None:

@@ -1,0 +1,401 @@
+"""MoRe (arXiv 2603.05078) on the VGGT family: frame-causal attention, streaming, and a second look for the cameras.
+
+Its training losses are in :mod:`gate4d.methods.more_losses`.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from ..integrations.base import Options
+from ..integrations.registry import register_method
+from ..integrations.table import AttentionTable
+from ..nn.attention import AttentionControl
+from ..nn.cache import FrameKVCache
+from ..visibility import TokenLayout, Visibility
+from .common import require_family, require_parts, stream_images
+
+CAUSAL = ("frame", "token")
+
+
+class MoreFrame(NamedTuple):
+    """One frame of a stream.
+
+    Attributes:
+        prediction: what the model returns for a clip of this frame.
+        camera: ``[B, 9]``, what its camera head returns (of several rounds, the last).
+        motion: bool ``[B, H, W]``, True = moving, where the prediction has ``motion`` logits; else None.
+    """
+
+    prediction: Any
+    camera: Tensor
+    motion: Tensor | None
+
+
+class MoreResult(NamedTuple):
+    """A clip.
+
+    Attributes:
+        predictions: of every frame, as streamed.
+        cameras: ``[B, T, 9]``: after the camera pass where ``refined``, else as streamed.
+        refined: bool ``[T]``.
+        motion: as in :class:`MoreFrame`, one a frame.
+    """
+
+    predictions: list[Any]
+    cameras: Tensor
+    refined: Tensor
+    motion: list[Tensor | None]
+
+
+@register_method("more")
+class More:
+    """Grouped causal attention: causal over frames, full inside a frame.
+
+    While patched, a plain forward of a VGGT is frame-causal in its global blocks and its camera head, which is how such
+    a model is trained. :meth:`stream` gives the same outputs frame by frame, from caches of keys and values; frames may
+    differ in size, and so in their number of tokens. StreamVGGT and STream3R have causal masks of their own, which a
+    plain forward keeps; they stream like VGGT. A model that brings a ``stream`` of its own, with a ``camera_pass``
+    (:class:`gate4d.models.alternating.AlternatingModel`), runs by that, and trains by ``model(images, causal=True)``.
+
+    **The camera pass.** After the stream "each frame's cached camera query attends once more to all cached keys and
+    values". Read here as: the frames' camera tokens go through all blocks again, alone. In global block l they query
+    all keys and values of its cache, later frames' too. A frame block sees its own frame only, about which nothing new
+    is known, so what it added to the camera token is kept from the stream (C numbers a block and frame, instead of a
+    cache of its keys and values). The camera head then reads all of these tokens at once, each seeing all. The last
+    frame's camera token comes out of the blocks as it was, since it had seen everything. With a window only the frames
+    still cached are looked at again; those that left keep their camera. No authors' code is public: this reading is
+    this project's.
+
+    Args:
+        window: frames that a query sees, its own included; None for all.
+        anchors: leading frames that stay visible beside the window.
+        camera_pass: whether :meth:`run` ends with it; a stream then keeps ``(blocks + 1) * C`` numbers a cached frame.
+        causal: ``"frame"``, or, as an ablation, ``"token"``: in global blocks a token sees only itself and those
+            before it, as in a language model.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        table: AttentionTable,
+        *,
+        window: int | None = None,
+        anchors: int = 0,
+        camera_pass: bool = True,
+        causal: str = "frame",
+    ):
+        rows = table.select("global")
+        require_family("more", rows or table, "vggt", "streamvggt", "stream3r")
+        require_parts("more", model, ("aggregator", "camera_head"))
+        self.aggregator = model.aggregator
+        require_parts(
+            "more", self.aggregator, ("frame_blocks", "global_blocks", "patch_embed", "patch_start_idx", "patch_size")
+        )
+        Options(window, anchors)  # refuses what does not fit
+        if causal not in CAUSAL:
+            raise ValueError(f"causal must be one of {list(CAUSAL)}, got {causal!r}.")
+        self.model = model
+        self.window, self.anchors, self.camera_pass, self.causal = window, anchors, camera_pass, causal
+        self.closed = False
+        self.own = callable(getattr(model, "stream", None))
+        if causal == "token" and (self.own or rows[0].family != "vggt"):
+            raise ValueError("causal='token' needs a VGGT: this model has causal attention of its own.")
+        self.globals = [row.control for row in rows]
+        self.trunk = [row.control for row in table.select("camera head")]
+        if self.own:
+            return
+        self._check_order(len(rows))
+        if rows[0].family == "vggt":
+            inside = [row.control for row in table.select("frame")]
+            for control, frame in zip(self.globals, inside, strict=True):
+                control.visible = _Causal(frame, window, anchors, causal)
+            for control in self.trunk:
+                control.visible = _Causal(None, window, anchors, "frame")
+
+    def stream(self, frames: Any) -> MoreStream:
+        """An iterator of :class:`MoreFrame`, with memory that a window bounds; arguments and errors as :meth:`run`.
+
+        Its :meth:`MoreStream.camera_pass` can be called between frames and at the end.
+        """
+        return (_OwnStream if self.own else _PatchedStream)(self, frames)
+
+    def run(self, frames: Any) -> MoreResult:
+        """The whole clip.
+
+        Args:
+            frames: images ``[T, 3, H, W]`` or ``[B, T, 3, H, W]`` in [0, 1], or an iterable of images ``[3, H, W]`` or
+                ``[B, 3, H, W]``; sides are multiples of the model's patch size, and may change from frame to frame
+                unless the model runs by a stream of its own. One frame is enough.
+
+        Raises:
+            ValueError, TypeError: frames do not fit, or there are none.
+        """
+        stream = self.stream(frames)
+        steps = list(stream)
+        cameras = torch.stack([step.camera for step in steps], dim=1)
+        refined = torch.zeros(len(steps), dtype=torch.bool)
+        if self.camera_pass:
+            held, again = stream.camera_pass()
+            cameras[:, held] = again.to(cameras.dtype)
+            refined[held] = True
+        return MoreResult([step.prediction for step in steps], cameras, refined, [step.motion for step in steps])
+
+    def close(self) -> None:
+        """Streams cannot go on."""
+        self.closed = True
+
+    def _check_order(self, depth: int) -> None:
+        """What the camera pass and the stream take for granted about the aggregator."""
+        order = list(getattr(self.aggregator, "aa_order", ("frame", "global")))
+        size, frame = getattr(self.aggregator, "aa_block_size", 1), len(self.aggregator.frame_blocks)
+        if order != ["frame", "global"] or size != 1 or frame != depth:
+            raise ValueError(
+                "method 'more' needs frame and global blocks in turn, as many of one as of the other, got order "
+                f"{order}, block size {size}, {frame} frame and {depth} global blocks."
+            )
+        tokens = {n: p for n, p in self.aggregator.named_parameters(recurse=False) if p.dim() == 4}
+        self.specials = [n for n, p in tokens.items() if p.shape[:2] == (1, 2)]
+        found = sum(tokens[n].shape[2] for n in self.specials)
+        if found != self.aggregator.patch_start_idx:
+            raise ValueError(
+                f"method 'more' needs {self.aggregator.patch_start_idx} special tokens in parameters [1, 2, n, C] of "
+                f"{type(self.aggregator).__name__}, the first for frame 0 and the second for all others, got {found}."
+            )
+
+
+class MoreStream(Iterator[MoreFrame]):
+    """The frames of a stream; several may run by turns."""
+
+    def __init__(self, method: More, frames: Any):
+        self.method = method
+        reference = next(method.model.parameters())
+        self.images = stream_images(
+            frames, method.aggregator.patch_size, device=reference.device, dtype=reference.dtype, one_size=method.own
+        )
+
+    def __next__(self) -> MoreFrame:
+        with torch.no_grad():
+            prediction, camera = self.step(next(self.images))
+            logits = prediction.get("motion") if isinstance(prediction, dict) else None
+            return MoreFrame(prediction, camera, None if logits is None else logits[:, 0] > 0)
+
+    def step(self, image: Tensor) -> tuple[Any, Tensor]:
+        """Prediction and camera ``[B, 9]`` of the next frame ``[B, 3, H, W]``."""
+        raise NotImplementedError
+
+    def camera_pass(self) -> tuple[list[int], Tensor]:
+        """Numbers of the frames that are cached, in order, and their cameras ``[B, n, 9]`` from a second look.
+
+        Raises:
+            ValueError: no frame was read yet, or the method was told to do without (``camera_pass=False``).
+        """
+        raise NotImplementedError
+
+
+class _OwnStream(MoreStream):
+    """The model's own."""
+
+    def __init__(self, method: More, frames: Any):
+        super().__init__(method, frames)
+        self.inner = method.model.stream(self.images, window=method.window, anchors=method.anchors)
+
+    def __next__(self) -> MoreFrame:
+        prediction = next(self.inner)
+        return MoreFrame(prediction, prediction["pose_enc"][:, 0], prediction["motion"][:, 0] > 0)
+
+    def camera_pass(self) -> tuple[list[int], Tensor]:
+        cameras = self.inner.camera_pass()
+        held = sorted(self.inner.past.caches[0].frame_ids)
+        return held, cameras[:, held]
+
+
+class _PatchedStream(MoreStream):
+    """Runs a VGGT on one frame at a time, with caches in its global blocks and its camera head."""
+
+    def __init__(self, method: More, frames: Any):
+        super().__init__(method, frames)
+        token = method.causal == "token"
+        self.caches = [
+            FrameKVCache(method.window, anchors=method.anchors, ragged=True, token_causal=token) for _ in method.globals
+        ]
+        self.trunk = [_PerCall(method.window, method.anchors) for _ in method.trunk]
+        self.number = 0
+        # Of the cached frames, by number: the camera token [B, C] at the first block, and what each frame block added.
+        self.start: dict[int, Tensor] = {}
+        self.steps: list[dict[int, Tensor]] = [{} for _ in self.caches]
+        self.seen: dict[str, Any] = {}  # of the last frame
+
+    def step(self, image: Tensor) -> tuple[Any, Tensor]:
+        if self.method.closed:
+            raise RuntimeError("the patch was removed: finish the stream before, or start a new one.")
+        model, later = self.method.model, {}
+        if self.number:  # a clip of one frame takes the first of each pair of special tokens: give it the second
+            tokens = {n: getattr(self.method.aggregator, n) for n in self.method.specials}
+            later = {f"aggregator.{n}": p[:, 1:].expand_as(p) for n, p in tokens.items()}
+        by_view = list(inspect.signature(type(model).forward).parameters)[1] == "views"  # StreamVGGT
+        for trunk in self.trunk:
+            trunk.calls = 0
+        with self._caching(self.trunk), self._watching():
+            prediction = functional_call(model, later, ([{"img": image}] if by_view else image[:, None],))
+        self.number += 1
+        held = set(self.caches[0].frame_ids)
+        for kept in (self.start, *self.steps):
+            for left in kept.keys() - held:
+                del kept[left]
+        return prediction, self.seen["camera"]
+
+    @torch.no_grad()
+    def camera_pass(self) -> tuple[list[int], Tensor]:
+        if not self.start:
+            raise ValueError("camera_pass needs a stream that has read a frame, of a method with camera_pass=True.")
+        held = sorted(self.start)
+        x = inside = torch.stack([self.start[n] for n in held], dim=1)  # [B, n, C]
+        pos = self.seen["pos"]
+        pos = None if pos is None else pos[:, :1].expand(-1, len(held), -1)
+        with self._caching(None):
+            for block, steps in zip(self.method.aggregator.global_blocks, self.steps, strict=True):
+                inside = x + torch.stack([steps[n] for n in held], dim=1)
+                x = _first(block(inside, pos=pos))
+            form, args, kwargs = self.seen["head"]
+            with torch.autocast(x.device.type, enabled=False):  # as VGGT does
+                out = self.method.model.camera_head(form.filled(inside, x), *args, **kwargs)
+        return held, _last(out)
+
+    @contextmanager
+    def _caching(self, trunk: list[_PerCall] | None) -> Iterator[None]:
+        """Caches in their places; for a second look (``trunk`` None) only to be read, and none for the camera head."""
+        own = [control.visible for control in self.method.trunk]
+        try:
+            for control, cache in zip(self.method.globals, self.caches, strict=True):
+                control.cache, cache.frozen = cache, trunk is None
+            for number, control in enumerate(self.method.trunk):
+                control.cache = None if trunk is None else trunk[number]
+                control.visible = None
+            yield
+        finally:
+            for control in self.method.globals:
+                control.cache = None
+            for control, visible in zip(self.method.trunk, own, strict=True):
+                control.cache, control.visible = None, visible
+
+    @contextmanager
+    def _watching(self) -> Iterator[None]:
+        """Notes the camera token on its way through the blocks, and what the camera head gets and gives."""
+        aggregator, seen = self.method.aggregator, self.seen
+
+        def inside(layer: int):
+            def hook(block: nn.Module, args: tuple, out: Any) -> None:
+                before, after = args[0][:, 0], _first(out)[:, 0]
+                if layer == 0:
+                    self.start[self.number] = before.clone()
+                self.steps[layer][self.number] = after - before
+                seen["frame"] = after.clone()
+
+            return hook
+
+        def over_all(block: nn.Module, args: tuple, kwargs: dict[str, Any], out: Any) -> None:
+            seen["pos"] = kwargs.get("pos", args[1] if len(args) > 1 else None)
+            seen["global"] = _first(out)[:, 0].clone()
+
+        def head(module: nn.Module, args: tuple, kwargs: dict[str, Any], out: Any) -> None:
+            seen["camera"] = _last(out)[:, 0]
+            if self.method.camera_pass:
+                form = _HeadInput.of(args[0], seen["frame"][:, None], seen["global"][:, None])
+                seen["head"] = form, args[1:], kwargs
+
+        with ExitStack() as stack:
+            if self.method.camera_pass:
+                for layer, block in enumerate(aggregator.frame_blocks):
+                    stack.callback(block.register_forward_hook(inside(layer)).remove)
+                last = aggregator.global_blocks[-1]
+                stack.callback(last.register_forward_hook(over_all, with_kwargs=True).remove)
+            stack.callback(self.method.model.camera_head.register_forward_hook(head, with_kwargs=True).remove)
+            yield
+
+
+class _HeadInput(NamedTuple):
+    """How a camera head takes the camera tokens: which tensors, and around them what.
+
+    Attributes:
+        both: whether a token is the frame block's and the global block's in one, or the latter alone.
+        tokens: whether all tokens of a frame are given, of which it takes the first.
+        layers: length of the list of which it takes the last, 0 for a tensor.
+    """
+
+    both: bool
+    tokens: bool
+    layers: int
+
+    @classmethod
+    def of(cls, given: Any, frame: Tensor, everywhere: Tensor) -> _HeadInput:  # [B, 1, C] each, of the last blocks
+        """ValueError if ``given`` is not made of the two."""
+        layers = len(given) if isinstance(given, (list, tuple)) else 0
+        last = given[-1] if layers else given
+        form = cls(last.shape[-1] == 2 * everywhere.shape[-1], last.dim() == 4, layers)
+        shown = last[:, :, 0] if form.tokens else last
+        if not torch.equal(shown, cls(form.both, False, 0).filled(frame, everywhere)):
+            raise ValueError(
+                "camera_pass=True needs a camera head that reads the camera tokens of the last blocks as they are."
+            )
+        return form
+
+    def filled(self, frame: Tensor, everywhere: Tensor) -> Any:  # [B, n, C] each
+        x = torch.cat((frame, everywhere), dim=-1) if self.both else everywhere
+        x = x[:, :, None] if self.tokens else x
+        return [None] * (self.layers - 1) + [x] if self.layers else x
+
+
+class _PerCall:
+    """A cache for each time that a module runs in a frame: camera heads refine their poses in rounds."""
+
+    def __init__(self, window: int | None, anchors: int):
+        self.settings = window, anchors
+        self.caches: list[FrameKVCache] = []
+        self.calls = 0
+
+    def __call__(self) -> FrameKVCache:
+        if self.calls == len(self.caches):
+            self.caches.append(FrameKVCache(self.settings[0], anchors=self.settings[1]))
+        self.calls += 1
+        return self.caches[self.calls - 1]
+
+
+class _Causal:
+    """Visibility of a clip given at once.
+
+    Args:
+        frame: control of the frame block before, which knows how many tokens a frame has; None for 1.
+        window, anchors, causal: as in :class:`More`.
+    """
+
+    def __init__(self, frame: AttentionControl | None, window: int | None, anchors: int, causal: str):
+        self.frame = frame
+        self.window, self.anchors, self.causal = window, anchors, causal
+        self.made: tuple[TokenLayout, Visibility] | None = None
+
+    def __call__(self, q: Tensor, k: Tensor) -> Visibility:
+        size = 1 if self.frame is None else self.frame.tokens[0]
+        layout = TokenLayout(q.shape[2] // size, size)
+        if self.made is None or self.made[0] != layout:
+            visible = Visibility.frame_causal(layout, self.window, self.anchors)
+            if self.causal == "token":  # neither an interval nor an anchor reaches past the query itself
+                visible.bounds[:, 1:].clamp_(max=torch.arange(1, layout.num_tokens + 1, dtype=torch.int32))
+            self.made = layout, visible
+        return self.made[1]
+
+
+def _first(out: Any) -> Any:
+    return out[0] if isinstance(out, tuple) else out
+
+
+def _last(out: Any) -> Tensor:
+    """Of the rounds of a camera head, the last."""
+    return out[-1] if isinstance(out, (list, tuple)) else out
