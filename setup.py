@@ -82,6 +82,7 @@ setup(
     package_data={
         "gate4d": ["py.typed", "_build_report.json", "auto_order.json"],
         "gate4d.kernels.attention": ["triton_tuned.json"],
+        "gate4d.models": ["weights/*"],
     },
     **({} if reason else build_options()),
 )

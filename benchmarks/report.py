@@ -19,10 +19,10 @@ from .memory import MIB
 from .rows import Row, Settings
 
 SCHEMA = 1
-KINDS = {  # kind of a results file: its marker
-    "targets": "gate4d bench",
-    "systems": "gate4d bench --systems",
-    "sequences": "gate4d bench sequences",
+KINDS = {  # kind of a results file: the command of its marker
+    "targets": "bench",
+    "systems": "bench --systems",
+    "sequences": "bench sequences",
 }
 
 
@@ -157,19 +157,18 @@ def markdown(result: dict) -> str:
     return "\n".join(lines) + "\n"
 
 
-def write_into(document: Path, text: str, part: str = "targets") -> None:
-    """Replace what stands between the two marker lines of a part, a key of :data:`KINDS`, in ``document``.
+def write_into(document: Path, text: str, command: str = "bench") -> None:
+    """Replace what stands between the two marker lines of ``document`` that name the command.
 
     Raises:
         ValueError: the markers are not there.
     """
-    begin_line, end_line = (f"<!-- {edge}: {KINDS[part]} -->" for edge in ("begin", "end"))
-    old = document.read_text()
-    before, begin, rest = old.partition(begin_line)
-    _, end, after = rest.partition(end_line)
+    first, last = f"<!-- begin: gate4d {command} -->", f"<!-- end: gate4d {command} -->"
+    before, begin, rest = document.read_text().partition(first)
+    _, end, after = rest.partition(last)
     if not begin or not end:
-        raise ValueError(f"{document} must have the lines {begin_line!r} and {end_line!r} around it.")
-    document.write_text(f"{before}{begin_line}\n{text}{end_line}{after}")
+        raise ValueError(f"{document} must have the lines {first!r} and {last!r} around the table.")
+    document.write_text(f"{before}{first}\n{text}{last}{after}")
 
 
 def command_line() -> list[str]:

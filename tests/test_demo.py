@@ -11,9 +11,10 @@ from PIL import Image
 from gate4d import TokenLayout, Visibility
 from gate4d.benchmarks.study import Curve, Point, Study
 from gate4d.cli.main import main
-from gate4d.data import Clip
-from gate4d.demo import measure, report
+from gate4d.data import Clip, render_clip
+from gate4d.demo import measure, reconstruction, report
 from gate4d.demo.measure import Limits, Settings
+from gate4d.demo.reconstruction import reconstruct
 from gate4d.demo.stack import (
     IMPLEMENTATIONS,
     SPECIAL_TOKENS,
@@ -23,6 +24,7 @@ from gate4d.demo.stack import (
     gate4d_attention,
     pool_to_patches,
 )
+from gate4d.models import build, load, save_weights
 
 SMALL = {"heads": 2, "head_dim": 8, "patch": 4, "pairs": 2}
 
@@ -224,21 +226,52 @@ def test_folders_of_others_are_left_alone(tmp_path):
 # ---- command -----------------------------------------------------------------------------------------------------
 
 
-def test_demo_command_on_a_folder(tmp_path, capsys):
+@pytest.fixture
+def weights(tmp_path):
+    """Of a small untrained model."""
+    arguments = {"dim": 48, "heads": 2, "depth": 4, "widths": [8, 16]}
+    torch.manual_seed(0)
+    about = {"model": "alternating", "arguments": json.dumps(arguments)}
+    save_weights(build("alternating", **arguments), tmp_path / "small.safetensors", about)
+    return tmp_path / "small.safetensors"
+
+
+def test_trained_model_beside_the_truth(tmp_path, weights):
+    clip = render_clip(4, 32, 40, seed=1)
+    outcomes = reconstruct(load(weights), clip, repeats=1)
+    assert [o.name for o in outcomes] == ["no gates", "gates", "stream"]
+    assert all(0 <= o.iou <= 1 and 0 < o.abs_rel < 10 and o.ate < 1 and o.fps > 0 for o in outcomes)
+    np.testing.assert_array_equal(outcomes[0].motion, outcomes[1].motion)
+    assert max(map(len, reconstruction.table(outcomes).splitlines())) <= 80
+    reconstruction.draw(tmp_path / "with.png", clip, outcomes)
+    unknown = Clip(clip.frames, "unknown")
+    outcomes = reconstruct(load(weights), unknown, repeats=1)
+    assert outcomes[0].ate is outcomes[0].iou is None
+    assert max(map(len, reconstruction.table(outcomes).splitlines())) <= 80
+    reconstruction.draw(tmp_path / "without.png", unknown, outcomes)
+    sizes = [np.asarray(Image.open(tmp_path / n)).shape[0] for n in ("with.png", "without.png")]
+    assert sizes[0] > sizes[1] > 300  # rows for the truth
+
+
+def test_demo_command_on_a_folder(tmp_path, weights, capsys):
     rng = np.random.default_rng(0)
     (tmp_path / "in").mkdir()
     for i in range(3):
         Image.fromarray(rng.integers(0, 255, (28, 42, 3), dtype=np.uint8)).save(tmp_path / "in" / f"{i}.png")
     out = tmp_path / "out"
-    assert main(["demo", str(tmp_path / "in"), "--out", str(out), "--frames", "2", "--window", "1"]) == 0
+    arguments = ["--out", str(out), "--frames", "2", "--window", "1", "--weights", str(weights)]
+    assert main(["demo", str(tmp_path / "in"), *arguments]) == 0
     text = capsys.readouterr().out
     assert max(map(len, text.splitlines()[:-1])) <= 80  # the last line holds paths
+    text = " ".join(text.split())
     assert "RANDOM WEIGHTS" in text
     assert "plain frame difference" in text
+    assert "stream MoRe: frame by frame" in text
     assert sorted(p.name for p in out.iterdir()) == sorted(report.FILES)
     data = json.loads((out / "figures.json").read_text())
     assert data["clip"]["tokens_per_frame"] == 11
     assert data["largest_relative_difference"]["2"] < 1e-4 < data["relative_difference_without_gate"]
+    assert [run["name"] for run in data["trained"]["runs"]] == ["no gates", "gates", "stream"]
     assert data["machine"]["torch"] == torch.__version__
 
 
@@ -254,6 +287,8 @@ def test_demo_command_on_a_folder(tmp_path, capsys):
         (["--strength", "nan"], "--strength must be finite"),
         (["--budget", "0"], "--budget must be positive"),
         (["--max-gib", "-2"], "--max-gib must be positive"),
+        (["--weights", "nowhere.safetensors"], "name_or_path must be"),
+        (["--weights", "corrupt.mp4"], "corrupt.mp4 is no safetensors file"),
         (["--out", "no/where"], "--out: the folder no does not exist"),
         (["--out", "broken"], "--out: broken holds files that no demo wrote"),
     ],

@@ -74,7 +74,7 @@ def _show(args: argparse.Namespace) -> int:
     if args.into is None:
         print(text, end="")
     else:
-        report.write_into(args.into, text, report.kind(result))
+        report.write_into(args.into, text, report.KINDS[report.kind(result)])
     return 0
 
 

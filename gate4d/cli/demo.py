@@ -1,4 +1,4 @@
-"""``gate4d demo [CLIP]``: gated, frame-causal attention on real frames, three implementations side by side."""
+"""``gate4d demo [CLIP]``: what the trained model sees in a clip, and three attention implementations side by side."""
 
 from __future__ import annotations
 
@@ -22,6 +22,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "clip", nargs="?", metavar="CLIP", help="video file or folder of images; default: a rendered clip"
     )
+    parser.add_argument(
+        "--weights", default="alternating", help="of the trained model: a name or a file (default: the shipped ones)"
+    )
     parser.add_argument("--out", type=Path, default=Path("demo"), help="output folder, replaced if a demo wrote it")
     parser.add_argument("--frames", type=int, default=24, help="largest number of frames (default 24)")
     parser.add_argument("--stride", type=int, default=1, help="take every n-th frame of CLIP (default 1)")
@@ -30,7 +33,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--strength", type=float, default=1.0, help="the gate's exponent (default 1)")
     parser.add_argument("--window", type=int, help="frames a query looks back on, its own included (default: all)")
     parser.add_argument("--sinks", type=int, default=0, help="leading frames that stay visible beside the window")
-    parser.add_argument("--budget", type=float, default=60.0, help="seconds for measuring, shared out (default 60)")
+    parser.add_argument(
+        "--budget", type=float, default=40.0, help="seconds for the speed table, shared out (default 40)"
+    )
     parser.add_argument(
         "--max-gib", type=float, help="memory limit of an implementation (default: half of what is free)"
     )
@@ -48,21 +53,28 @@ def run(args: argparse.Namespace) -> int:
 
     from gate4d.data import read_clip, render_clip
     from gate4d.data.clip import fitted_size
-    from gate4d.demo import measure, report
+    from gate4d.demo import measure, reconstruction, report
     from gate4d.demo.stack import SPECIAL_TOKENS, frame_difference, pool_to_patches
 
     report.check_folder(args.out)
+    model = _trained(args.weights)
     patch = 14
     columns = [TextColumn("{task.description:<30}"), BarColumn(28), TextColumn("{task.percentage:>3.0f} %")]
     with Progress(*columns, TimeElapsedColumn(), console=Console(stderr=True)) as bar:
         task = bar.add_task("rendering the clip" if args.clip is None else "reading the clip", total=None)
-        if args.clip is None:
-            size = fitted_size(392, 518, patch=patch, max_patches=args.patches)
-            clip = render_clip(args.frames, *size, seed=args.seed)
-        else:
-            clip = read_clip(
-                args.clip, max_frames=args.frames, stride=args.stride, patch=patch, max_patches=args.patches
-            )
+
+        def clip_of(patch: int, patches: int):
+            if args.clip is None:
+                size = fitted_size(392, 518, patch=patch, max_patches=patches)
+                return render_clip(args.frames, *size, seed=args.seed)
+            return read_clip(args.clip, max_frames=args.frames, stride=args.stride, patch=patch, max_patches=patches)
+
+        outcomes = []
+        if model is not None:
+            small = clip_of(model.aggregator.patch_size, reconstruction.MAX_PATCHES)
+            bar.update(task, description="running the trained model")
+            outcomes = reconstruction.reconstruct(model, small)
+        clip = clip_of(patch, args.patches)
         if clip.motion is not None:
             motion, cue = pool_to_patches(clip.motion, patch), "share of truly moving pixels in the patch"
         else:
@@ -83,10 +95,10 @@ def run(args: argparse.Namespace) -> int:
         )  # fmt: skip
         bar.update(task, description="writing the report", completed=steps)
         served = _backend()
-        height, width = clip.frames.shape[1:3]
         context = {
             "command": shlex.join(["gate4d", *sys.argv[1:]]),
             "weights": "random",
+            "trained": {"weights": args.weights, "runs": [o.figures() for o in outcomes]} if outcomes else None,
             "model": {"pairs": args.pairs, "heads": 16, "head_dim": 64, "special_tokens": SPECIAL_TOKENS},
             "gate": {"strength": args.strength, "window": args.window, "sinks": args.sinks, "cue": cue},
             "gate4d_backend": served,
@@ -98,16 +110,22 @@ def run(args: argparse.Namespace) -> int:
             subtitle += f", {study.threads} threads, gate4d's {served['name']} backend"
             report.draw_curves(folder / "curves.png", study, subtitle)
             report.draw_overlay(folder / "overlay.png", clip, motion, patch, cue)
+            if outcomes:
+                reconstruction.draw(folder / "reconstruction.png", small, outcomes)
         bar.update(task, description="done", completed=steps + 1)
 
-    size = f"{len(clip.frames)} frames of {width}x{height}"
-    lines = [
-        *field("clip", f"{clip.name}: {size}"),
-        *field("model", f"VGGT-shaped, {args.pairs} frame + {args.pairs} clip block, 16 heads x 64, RANDOM WEIGHTS:"
-               " shows speed, memory and agreement, not reconstruction quality"),
+    lines = [*field("clip", f"{clip.name}: {len(clip.frames)} frames"), *field("machine", _processor(study, context))]
+    if outcomes:
+        parameters = sum(p.numel() for p in model.parameters()) / 1e6
+        lines += ["", *field("trained", f"{parameters:.1f} M parameters, frames of {_size(small)}; {_TRAINED}")]
+        lines += [reconstruction.table(outcomes)]
+    else:
+        lines += field("trained", "left out: no weights are shipped; --weights FILE takes others")
+    lines += [
+        "",
+        *field("speed", f"a VGGT-shaped stack, {args.pairs} frame + {args.pairs} clip block, 16 heads x 64, RANDOM"
+               f" WEIGHTS, frames of {_size(clip)}; gate4d's {served['name']} backend"),
         *field("motion", cue),
-        *field("machine", f"{study.threads} threads, {context['machine']['processor']}"),
-        *field("gate4d", f"{served['name']} backend"),
     ]  # fmt: skip
     if served["name"] == "reference":
         lines += field("", f"it holds the maps in memory and is slow, because {served['why_not_cpu']}")
@@ -121,8 +139,36 @@ def run(args: argparse.Namespace) -> int:
     print("FPS: whole forward pass. Peak: memory touched by it above the loaded model.")
     print("max diff: largest difference of outputs, relative to the largest output;")
     print(f"switching the gate off changes them by {gate_effect:.1e}.")
-    print(f"Wrote {', '.join(str(args.out / f) for f in report.FILES)} in {time.perf_counter() - begin:.0f} s.")
+    written = [str(args.out / f) for f in report.FILES if (args.out / f).exists()]
+    print(f"Wrote {', '.join(written)} in {time.perf_counter() - begin:.0f} s.")
     return 0
+
+
+_TRAINED = '"gates" drops what the first run found to move from the keys of early blocks, "stream" is MoRe'
+
+
+def _trained(weights: str):
+    """The model, or None if the default is asked for and none is shipped."""
+    from gate4d import models
+
+    try:
+        model = models.load(weights)
+    except FileNotFoundError:
+        if weights != "alternating":
+            raise
+        return None
+    if not hasattr(model, "aggregator"):
+        raise ValueError(f"--weights must be of the alternating model, {weights} holds {type(model).__name__}.")
+    return model
+
+
+def _size(clip) -> str:
+    height, width = clip.frames.shape[1:3]
+    return f"{width}x{height}"
+
+
+def _processor(study, context: dict) -> str:
+    return f"{study.threads} threads, {context['machine']['processor']}"
 
 
 def _check(args: argparse.Namespace) -> None:

@@ -9,6 +9,7 @@ import sys
 COMMANDS = {
     "info": "versions, processor features, and which backends can run here",
     "bench": "measure the targets against peers in the same run",
+    "eval": "systems on rendered clips with known cameras, depth and motion",
     "run": "a method on a clip: masks, scores, poses and points as files",
     "demo": "the main job on a clip, three attention implementations side by side",
 }

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -35,6 +36,16 @@ class Clip:
     depth: Tensor | None = None
     poses: Tensor | None = None
     intrinsics: Tensor | None = None
+
+
+class Batch(NamedTuple):
+    """Clips of one size with all that is known about them, as training wants them."""
+
+    images: Tensor  # [B, T, 3, H, W] fp32 in [0, 1]
+    motion: Tensor  # [B, T, H, W] bool: the pixel shows something that moves in the world
+    depth: Tensor  # [B, T, H, W] fp32, metres along the optical axis
+    poses: Tensor  # [B, T, 4, 4] fp32, camera to world, OpenCV axes
+    intrinsics: Tensor  # [B, T, 3, 3] fp32, pixels
 
 
 def read_clip(

@@ -17,7 +17,7 @@ from gate4d.benchmarks import plots
 from gate4d.benchmarks.study import Study
 from gate4d.data import Clip
 
-FILES = ("curves.png", "overlay.png", "figures.json")
+FILES = ("reconstruction.png", "curves.png", "overlay.png", "figures.json")
 _MIB = 2**20
 
 
@@ -113,10 +113,10 @@ def draw_overlay(path: Path, clip: Clip, motion: torch.Tensor, patch: int, cue: 
     shown = np.unique(np.linspace(0, frames - 1, min(columns, frames)).round().astype(int))
     rows = [("frame", lambda t: clip.frames[t].numpy())]
     if clip.motion is not None:
-        rows.append(("true mask", lambda t: _tint(clip.frames[t].numpy(), clip.motion[t].numpy().astype(np.float32))))
+        rows.append(("true mask", lambda t: tint(clip.frames[t].numpy(), clip.motion[t].numpy().astype(np.float32))))
     grid = motion.unflatten(1, (height // patch, width // patch))
     scores = grid.repeat_interleave(patch, 1).repeat_interleave(patch, 2).numpy()
-    rows.append(("score per patch", lambda t: _tint(clip.frames[t].numpy(), scores[t])))
+    rows.append(("score per patch", lambda t: tint(clip.frames[t].numpy(), scores[t])))
     size = (2.6 * len(shown) + 0.3, 2.6 * len(rows) * height / width + 0.8)
     fig, axes = plt.subplots(len(rows), len(shown), figsize=size, layout="constrained", squeeze=False)
     for r, (label, picture) in enumerate(rows):
@@ -132,7 +132,7 @@ def draw_overlay(path: Path, clip: Clip, motion: torch.Tensor, patch: int, cue: 
     plt.close(fig)
 
 
-def _tint(image: np.ndarray, score: np.ndarray) -> np.ndarray:
+def tint(image: np.ndarray, score: np.ndarray) -> np.ndarray:
     """Blend ``image [H, W, 3]`` towards red by ``score [H, W]``, and its static parts towards grey."""
     gray = image.mean(-1, keepdims=True)
     calm = 0.35 * image + 0.65 * (0.75 * gray + 40)
