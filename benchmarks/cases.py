@@ -13,7 +13,7 @@ from gate4d.kernels.attention.reference import gate_weight
 
 from .registry import AttentionShape
 
-GateKind = Literal["none", "pairwise", "drop"]
+GateKind = Literal["none", "pairwise", "keys", "drop"]
 VisibleKind = Literal["full", "frame_causal"]
 
 
@@ -23,7 +23,8 @@ class Inputs:
 
     Attributes:
         q, k, v: ``[B, H, Nq, D]``, ``[B, H, Nk, D]``, ``[B, H, Nk, D]``.
-        motion: fp32 ``[B, Nk]`` in [0, 1), the scores of the pairwise gate; None without one.
+        motion: fp32 ``[B, Nk]`` in [0, 1), the scores of the pairwise gate or of the gate on keys; None without one.
+        keys_only: the gate is that on keys.
         dropped: bool ``[B, Nk]``, the keys of a hard gate; None without one.
         visible: None for full attention.
     """
@@ -34,23 +35,28 @@ class Inputs:
     motion: Tensor | None = None
     dropped: Tensor | None = None
     visible: Visibility | None = None
+    keys_only: bool = False
 
     def gate(self) -> MotionGate | None:
         """The gate as a user builds it from motion scores."""
         if self.dropped is not None:
             return MotionGate.drop_keys(self.dropped)
-        return None if self.motion is None else MotionGate.pairwise(self.motion)
+        if self.motion is None:
+            return None
+        return MotionGate.keys(self.motion) if self.keys_only else MotionGate.pairwise(self.motion)
 
     def ungated(self) -> Inputs:
         """The same tensors without gate and visibility: what plain attention computes."""
-        return replace(self, motion=None, dropped=None, visible=None)
+        return replace(self, motion=None, dropped=None, visible=None, keys_only=False)
 
     def bias(self, rows: Tensor | slice = slice(None)) -> Tensor:
         """Gate and visibility as the additive bias of the papers, fp32 ``[1 or B, 1, rows, Nk]``, -inf = hidden."""
         queries, keys = self.q.shape[2], self.k.shape[2]
         bias = torch.zeros(1, len(range(queries)[rows]) if isinstance(rows, slice) else len(rows), keys)
         if self.motion is not None:
-            bias = gate_weight(1 - self.motion[:, rows], self.motion, 1.0).log_()
+            query = None if self.keys_only else 1 - self.motion[:, rows]
+            weight = gate_weight(query, self.motion, 1.0)
+            bias = weight.log() if weight.requires_grad else weight.log_()
         if self.dropped is not None:
             bias = bias.masked_fill(self.dropped[:, None, :], -torch.inf)
         if self.visible is not None and self.visible.bounds is not None:
@@ -81,10 +87,10 @@ def make_inputs(
 
     q, k, v = normal(queries), normal(keys), normal(keys)
     motion = dropped = None
-    if gate == "pairwise":
+    if gate in ("pairwise", "keys"):
         motion = torch.rand(batch, keys, generator=generator).requires_grad_(requires_grad)
     elif gate == "drop":
         order = torch.rand(batch, keys, generator=generator).argsort(dim=1)
         dropped = order < round(drop_fraction * keys)
     seen = None if visible == "full" else Visibility.frame_causal(shape.layout(frames), window=window)
-    return Inputs(q, k, v, motion, dropped, seen)
+    return Inputs(q, k, v, motion, dropped, seen, gate == "keys")

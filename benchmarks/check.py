@@ -94,7 +94,8 @@ def _gate_rows(x: Inputs, motion: Tensor | None, rows: Tensor | slice, dtype: to
     if x.dropped is not None:
         gate = MotionGate.drop_keys(x.dropped)
     elif motion is not None:
-        gate = MotionGate(query_score=1 - motion[:, rows].to(dtype), key_score=motion.to(dtype))
+        query = None if x.keys_only else 1 - motion[:, rows].to(dtype)
+        gate = MotionGate(query_score=query, key_score=motion.to(dtype))
     if x.visible is not None and x.visible.bounds is not None:
         visible = Visibility(x.visible.bounds[:, :, rows], x.visible.key_extent)
     return {"gate": gate, "visible": visible, "backend": "reference"}

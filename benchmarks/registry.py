@@ -1,4 +1,4 @@
-"""Attention shapes of the supported models, in one table; every benchmark takes its sizes from here.
+"""Attention shapes of the supported models and the operations measured on them; every benchmark takes both from here.
 
 Sizes are those of the public repositories at their default resolution, read from the code and from runs with
 random weights. ``source`` names the repository and the module.
@@ -6,7 +6,7 @@ random weights. ``source`` names the repository and the module.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from gate4d import TokenLayout
@@ -46,6 +46,20 @@ class AttentionShape:
         keys = self.keys * (frames if self.growth in ("tokens", "keys") else 1)
         return batch, queries, keys
 
+    @property
+    def width(self) -> int:
+        """Features of a token, ``H * D``."""
+        return self.heads * self.head_dim
+
+    def scaled(self, divisor: int) -> AttentionShape:
+        """Heads and tokens of a frame divided, head dimension and special tokens kept (at least one of each)."""
+
+        def patches(tokens: int, special: int) -> int:
+            return max(1, (tokens - special) // divisor) + special
+
+        tokens = {"queries": patches(self.queries, self.special), "keys": patches(self.keys, self.special)}
+        return replace(self, heads=max(1, self.heads // divisor), **tokens)
+
     def layout(self, frames: int) -> TokenLayout:
         """The keys' layout, for the shapes in which frames are laid one after the other."""
         return TokenLayout(frames, self.keys, self.special)
@@ -80,3 +94,67 @@ _TABLE = (
     ("cut3r.memory", 12, 128, 256, 1, 0, "none", 2, f"{_CUT3R} pose_retriever.write_blocks (read_blocks: 1 x 256)"),
 )
 SHAPES: dict[str, AttentionShape] = {row[0]: AttentionShape(*row) for row in _TABLE}
+
+
+@dataclass(frozen=True)
+class Operation:
+    """Something that is measured, with the shape it is measured on by default.
+
+    Attributes:
+        name: the key in :data:`OPERATIONS`.
+        what: one line.
+        shape, frames: default size, a name of :data:`SHAPES`.
+        gate, visible, window: of :func:`.cases.make_inputs`; ``gate`` None for operations that are no attention call.
+        backward: gradients for q, k, v and the motion scores as well.
+        targets: the targets that measure it.
+    """
+
+    name: str
+    what: str
+    shape: str
+    frames: int
+    gate: str | None
+    visible: str = "full"
+    window: int | None = None
+    backward: bool = False
+    targets: tuple[str, ...] = ()
+
+
+OPERATIONS: dict[str, Operation] = {
+    o.name: o
+    for o in (
+        Operation("plain", "attention without a gate", "vggt.global", 4, "none", targets=("C1", "C2")),
+        Operation("gated", "pairwise motion gate", "vggt.global", 4, "pairwise", targets=("C1", "C2", "C3", "G2")),
+        Operation("keys", "gate on keys alone", "vggt.global", 4, "keys", targets=("G5",)),
+        Operation("drop", "30 % of the keys dropped", "vggt.global", 4, "drop", targets=("C5", "G5")),
+        Operation("frame_causal", "causal over frames", "vggt.global", 8, "none", "frame_causal", targets=("C6", "G6")),
+        Operation("window", "window of two frames", "vggt.global", 8, "none", "frame_causal", 2, targets=("C6",)),
+        Operation("backward", "pairwise gate, all gradients", "vggt.global", 4, "pairwise", "full", None, True,
+                  ("C4", "G4")),
+        Operation("received", "attention received per key", "vggt.global", 4, None, targets=("C9", "G7")),
+        Operation("saliency", "VGGT4D's saliency", "vggt.global", 13, None, targets=("C10", "G8")),
+        Operation("confidence", "TTT3R's state confidence", "cut3r.state_image", 1, None, targets=("C11", "G10")),
+    )
+}  # fmt: skip
+
+
+def operation(name: str) -> Operation:
+    """An operation by name.
+
+    Raises:
+        ValueError: there is none of that name; lists those there are.
+    """
+    if name not in OPERATIONS:
+        raise ValueError(f"operation must be one of {', '.join(OPERATIONS)}, got {name!r}.")
+    return OPERATIONS[name]
+
+
+def shape(name: str) -> AttentionShape:
+    """A shape by name.
+
+    Raises:
+        ValueError: there is none of that name; lists those there are.
+    """
+    if name not in SHAPES:
+        raise ValueError(f"shape must be one of {', '.join(SHAPES)}, got {name!r}.")
+    return SHAPES[name]

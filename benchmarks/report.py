@@ -19,6 +19,11 @@ from .memory import MIB
 from .rows import Row, Settings
 
 SCHEMA = 1
+KINDS = {  # kind of a results file: the command of its marker
+    "targets": "bench",
+    "systems": "bench --systems",
+    "sequences": "bench sequences",
+}
 
 
 def surroundings(settings: Settings, command: list[str]) -> dict:
@@ -66,7 +71,8 @@ def load(path: Path) -> dict:
         result = json.loads(path.read_text())
     except (json.JSONDecodeError, UnicodeDecodeError) as e:
         raise ValueError(f"{path} is not a results file of `gate4d bench --json`: {e}.") from None
-    if not isinstance(result, dict) or result.get("schema") != SCHEMA or "rows" not in result:
+    known = isinstance(result, dict) and result.get("schema") == SCHEMA
+    if not known or not ({"rows", "backbones"} & set(result)):
         raise ValueError(f"{path} is not a results file of `gate4d bench --json` with schema {SCHEMA}.")
     return result
 
@@ -115,19 +121,31 @@ def details(row: dict) -> list[str]:
 def heading(result: dict) -> list[str]:
     """Where and how it was measured."""
     hardware, versions = result["hardware"], result["versions"]
+    threads = f"{result['threads']} thread{'s' * (result['threads'] > 1)}"
     lines = [
-        f"{hardware['processor']}, {hardware['cores']} cores, {hardware['capability']}; {result['threads']} threads",
+        f"{hardware['processor']}, {hardware['cores']} cores, {hardware['capability']}; {threads}",
         f"gate4d {versions['gate4d']} (backend {result['backend']}), torch {versions['torch']}, "
         f"Python {versions['python']}, {result['date'][:10]}",
         f"command: {result['command']}",
     ]
-    if result["effort"] != "full":
-        lines.append(f"effort {result['effort']}: fewer heads, repetitions and lengths than the targets name")
+    if result["effort"] != "full" and kind(result) != "sequences":
+        lines.append(f"effort {result['effort']}: fewer heads, repetitions, lengths and frames")
     return lines
 
 
+def kind(result: dict) -> str:
+    """Which part of a document a results file belongs into, a key of :data:`KINDS`."""
+    if "backbones" in result:
+        return "sequences"
+    return "systems" if any(row["id"].startswith("S") for row in result.get("rows", ())) else "targets"
+
+
 def markdown(result: dict) -> str:
-    """The results as a Markdown table, for the documents."""
+    """The results as Markdown, for the documents."""
+    if kind(result) == "sequences":
+        from . import sequences
+
+        return sequences.markdown(result, heading(result))
     lines = [*(f"- {line}" for line in heading(result)), "", "| # | what | measured | target | result | details |"]
     lines.append("|---|---|---|---|---|---|")
     for row in result["rows"]:

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field, replace
 
 from .registry import SHAPES, AttentionShape
 
-MODULES = ("targets", "statistics")  # modules of this package that register targets
+MODULES = ("targets", "statistics", "systems")  # modules of this package that register targets
 
 
 @dataclass

@@ -31,6 +31,7 @@ class Contest:
         self.title = title
         self.steps: dict[str, peers.Step] = {}
         self.failed: dict[str, str] = {}
+        self.prepared: dict[str, tuple[float, float]] = {}  # seconds of building a variant and of its first call
 
     def enter(
         self,
@@ -50,16 +51,18 @@ class Contest:
         begin = time.perf_counter()
         try:
             step = build()
+            built = time.perf_counter()
             results = step()
         except Exception as e:
             if not optional:
                 raise
             self.failed[name] = f"failed, {one_line(e)}"
             return 0.0
-        elapsed = time.perf_counter() - begin
+        end = time.perf_counter()
         expected.verify(name, results, peer=peer or optional)
         self.steps[name] = step
-        return elapsed
+        self.prepared[name] = built - begin, end - built
+        return end - begin
 
     def run(self, calls: int = 1) -> Comparison:
         """Time all that were entered."""

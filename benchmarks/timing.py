@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 WARM_UP_ROUNDS = 2
+QUIET = 0.05  # share of its threads' time that a round may wait for other processes
 QUIET_ROUNDS = 3  # fewer undisturbed rounds than these say too little
 
 
@@ -67,11 +68,11 @@ class Comparison:
 
     def ratio(self, of: str, to: str) -> Ratio:
         """``of / to``, round by round."""
-        return _summary([a / b for a, b in zip(self.used(of), self.used(to), strict=True)])
+        return summary([a / b for a, b in zip(self.used(of), self.used(to), strict=True)])
 
     def difference(self, of: str, to: str) -> Ratio:
         """``of - to`` in seconds, round by round."""
-        return _summary([a - b for a, b in zip(self.used(of), self.used(to), strict=True)])
+        return summary([a - b for a, b in zip(self.used(of), self.used(to), strict=True)])
 
     def warnings(self) -> list[str]:
         """What makes these figures less trustworthy."""
@@ -112,11 +113,11 @@ def compare(
             elapsed, quiet = time.perf_counter() - started, sum(map(_quiet, waits)) if waits else n
             if quiet >= max_rounds or (n >= min_rounds and elapsed > seconds * (1 if quiet >= min_rounds else 3)):
                 break
-            waited, begin = _waited(), time.perf_counter()
+            waited_before, begin = waited(), time.perf_counter()
             for name in names if n % 2 == 0 else reversed(names):
                 times[name].append(_sample(variants[name], calls))
-            if waited is not None:
-                waits.append((_waited() - waited) / (time.perf_counter() - begin) / threads)
+            if waited_before is not None:
+                waits.append((waited() - waited_before) / (time.perf_counter() - begin) / threads)
             on_round(n + 1)
     finally:
         if collecting:
@@ -131,7 +132,7 @@ def _sample(step: Callable[[], Any], calls: int) -> float:
     return (time.perf_counter() - begin) / calls
 
 
-def _summary(values: list[float]) -> Ratio:
+def summary(values: list[float]) -> Ratio:
     if len(values) == 1:
         return Ratio(values[0], 0.0)
     low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
@@ -144,10 +145,10 @@ def _drift(times: list[float]) -> float:
 
 
 def _quiet(wait: float) -> bool:
-    return wait < 0.05
+    return wait < QUIET
 
 
-def _waited() -> float | None:
+def waited() -> float | None:
     """Seconds that this process's threads were ready to run and did not, since they began."""
     try:
         tasks = [path.read_text().split() for path in Path("/proc/self/task").glob("*/schedstat")]

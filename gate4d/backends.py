@@ -31,6 +31,8 @@ class Request(NamedTuple):
     masked: bool
     aux: bool
     gate: str = ""  # "pairwise", "keys", "drop", "drop+pairwise", "drop+keys" or none
+    renormalize: bool = True
+    learned: bool = False  # the gate's scores ask for a gradient
 
 
 class Call(NamedTuple):
@@ -103,6 +105,7 @@ BACKENDS: dict[str, Backend] = {
         Backend("sdpa", _sdpa_reasons, _run_sdpa),
         Backend("sdpa_folded", cuda.folded_reasons, cuda.run_folded),
         Backend("sdpa_compacted", cuda.compacted_reasons, cuda.run_compacted),
+        Backend("flex", cuda.flex_reasons, cuda.run_flex),
         Backend("reference", lambda r: [], _run_reference),
     )
 }

@@ -86,7 +86,10 @@ def gated_attention(
         _check_gate(gate, q, k)
     bounds = None if visible is None else _check_visible(visible, q, k)
     gated = g.key_score is not None or g.dropped_keys is not None
-    request = Request(q.device.type, q.dtype, q.shape[3], v.shape[3], gated, bounds is not None, return_aux, _kind(g))
+    request = Request(
+        q.device.type, q.dtype, q.shape[3], v.shape[3], gated, bounds is not None, return_aux, _kind(g), g.renormalize,
+        torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (g.query_score, g.key_score)),
+    )  # fmt: skip
     call = Call(
         q, k, v, _score(g.query_score, q), _score(g.key_score, q), g.dropped_keys, bounds,
         float(scale), g.strength, g.renormalize, bool(row_stats),

@@ -1,4 +1,5 @@
-"""Schemas and fake kernels of the statistics; the C++ library registers the CPU kernels. Forward only."""
+"""Schemas and fake kernels of the statistics; the C++ library registers the CPU kernels, ``cuda.py`` the Triton ones.
+Forward only."""
 
 from __future__ import annotations
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 import subprocess
 import tempfile
@@ -47,16 +48,8 @@ class Cubin:
 
 def compile_launch(launch: Launch, capability: tuple[int, int]) -> Cubin:
     """Compile exactly what the launch would run on a device of that compute capability. Needs no device."""
-    kernel = launch.kernel
-    target = GPUTarget("cuda", capability[0] * 10 + capability[1], 32)
-    backend = CUDABackend(target)
-    bind = create_function_from_signature(kernel.signature, kernel.params, backend)
-    bound, specialization, options = bind(**launch.args, **launch.options, debug=False)
-    options, signature, constexprs, attrs = kernel._pack_args(
-        backend, {**launch.args, **launch.options}, bound, specialization, options
-    )
-    source = ASTSource(kernel, signature, constexprs, attrs)
-    compiled = triton.compile(source, target=target, options=options.__dict__)
+    source, target, options = _source(launch, capability)
+    compiled = triton.compile(source, target=target, options=options)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
@@ -67,9 +60,28 @@ def compile_launch(launch: Launch, capability: tuple[int, int]) -> Cubin:
     for op in re.findall(r"^\s*/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", sass, re.MULTILINE):
         opcodes[op] = opcodes.get(op, 0) + 1
     return Cubin(
-        kernel.__name__, capability, numbers["REG"], numbers["STACK"], numbers["LOCAL"],
+        launch.kernel.__name__, capability, numbers["REG"], numbers["STACK"], numbers["LOCAL"],
         max(numbers["SHARED"], compiled.metadata.shared), opcodes,
     )  # fmt: skip
+
+
+def identity(launch: Launch, capability: tuple[int, int]) -> str:
+    """What :func:`compile_launch` depends on, as one hash: two launches that share it share their machine code."""
+    source, target, options = _source(launch, capability)
+    parts = triton.__version__, source.hash(), str(target), str(sorted(options.items(), key=str))
+    return hashlib.sha256("|".join(parts).encode()).hexdigest()
+
+
+def _source(launch: Launch, capability: tuple[int, int]) -> tuple[ASTSource, GPUTarget, dict]:
+    kernel = launch.kernel
+    target = GPUTarget("cuda", capability[0] * 10 + capability[1], 32)
+    backend = CUDABackend(target)
+    bind = create_function_from_signature(kernel.signature, kernel.params, backend)
+    bound, specialization, options = bind(**launch.args, **launch.options, debug=False)
+    options, signature, constexprs, attrs = kernel._pack_args(
+        backend, {**launch.args, **launch.options}, bound, specialization, options
+    )
+    return ASTSource(kernel, signature, constexprs, attrs), target, options.__dict__
 
 
 def _run(tool: str, *args: str) -> str:

@@ -40,6 +40,31 @@ def to_base2(x):
 
 
 @triton.jit
+def _exp2_polynomial(x):
+    """``2 ** x`` for x <= 0 without MUFU: 2 ** n in the exponent bits, a cubic for the rest, within 1.1e-4 relative.
+
+    The constant term is exactly 1, so that everything below -127, also -inf, gives exactly 0.
+    """
+    x = tl.maximum(x, -127.0)
+    rounder = x + 12582912.0  # 1.5 * 2**23: the low bits are round(x)
+    f = x - (rounder - 12582912.0)  # [-1/2, 1/2]
+    y = 1.0 + f * (0.69328293 + f * (0.24221097 + f * 0.05500893))
+    return (y.to(tl.int32, bitcast=True) + (rounder.to(tl.int32, bitcast=True) << 23)).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def exp2_tile(x, M: tl.constexpr, N: tl.constexpr, POLYNOMIAL: tl.constexpr):
+    """``2 ** x`` of a tile ``[M, N]``, x <= 0; with POLYNOMIAL every other column on the FMA units.
+
+    Neighbouring columns belong to one thread, so that taking them apart moves no data.
+    """
+    if not POLYNOMIAL:
+        return tl.exp2(x)
+    even, odd = tl.split(tl.reshape(x, [M, N // 2, 2]))
+    return tl.reshape(tl.join(tl.exp2(even), _exp2_polynomial(odd)), [M, N])
+
+
+@triton.jit
 def load_row(P, left, BLOCK: tl.constexpr, THREADS: tl.constexpr):
     """``P[0:BLOCK]`` with 0 from ``left`` on, for a vector that is broadcast along a score tile.
 
@@ -113,8 +138,9 @@ def probability(
         p = tl.exp2(x + strength * tl.log2(base))
         return p, p
     if RENORM:
-        # A key of weight 0 is not in the sum, so its logit may exceed lse without limit; its weight makes it 0.
-        x = tl.minimum(x, 100.0)
+        # A key of weight 0 is not in the sum, so its logit may exceed lse without limit; its weight makes it 0, but at
+        # strength 1 its score has a gradient. 80 log2(e), where the reference stops in fp32.
+        x = tl.minimum(x, 115.41560327111707)
     e = tl.exp2(x)
     return e * gate_weight(base, strength, POWER), e
 

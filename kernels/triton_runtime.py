@@ -57,6 +57,11 @@ def capability(device: torch.device) -> tuple[int, int]:
     return torch.cuda.get_device_capability(device) if device.type == "cuda" else (8, 0)
 
 
+def processors(device: torch.device) -> int:
+    """Multiprocessors of the device; a few where there is none."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
+
+
 def launch(kernel: Any, grid: tuple[int, ...], args: dict[str, Any], **options: int) -> None:
     """Run ``kernel`` over ``grid`` on the device of its tensors. An empty grid is no work."""
     if 0 in grid:

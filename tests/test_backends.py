@@ -93,6 +93,7 @@ def test_the_error_lists_every_backend_with_every_reason(monkeypatch):
         "sdpa": ("cannot apply a gate", "dense mask", "neither lse nor row statistics"),
         "sdpa_folded": ("of the kind 'keys' alone", "dense mask", "neither lse nor row statistics"),
         "sdpa_compacted": ("of the kind 'drop' alone", "dense mask", "neither lse nor row statistics"),
+        "flex": ("got float64", "block mask", "neither lse nor row statistics"),
         "reference": ("can run",),
     }
     for line, (name, reasons) in zip(lines, expected.items(), strict=True):

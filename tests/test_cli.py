@@ -33,11 +33,14 @@ def test_info_is_plain_text_in_80_columns(capsys):
     assert main(["info"]) == 0
     lines = lines_of(capsys)
     assert max(map(len, lines)) <= 80
-    text = "\n".join(lines)
+    text = " ".join(" ".join(lines).split())
     for needed in (torch.__version__, "processor", "threads", "CPU path", "auto takes", *backends.BACKENDS):
         assert needed in text
     assert "sdpa: it cannot apply a gate" in text
     assert "triton: it needs CUDA tensors, got cpu" in text
+    assert "alone, got one of the kind 'pairwise' or one of the kind 'drop' or a call without a gate" in text
+    if not backends.MEASURED:
+        assert "auto takes sdpa_folded and flex only where a measurement says so: no row yet" in text
 
 
 def test_info_as_json(capsys):
@@ -47,6 +50,9 @@ def test_info_as_json(capsys):
     assert facts["machine"]["threads"] == torch.get_num_threads()
     gated = facts["calls"]["fp32 gated"]
     assert gated["reasons"]["reference"] == []
+    assert facts["calls"]["bf16 gate on keys"]["reasons"]["sdpa_folded"] == []
+    assert facts["calls"]["bf16 keys dropped"]["reasons"]["sdpa_compacted"] == []
+    assert facts["measured"] == len(backends.MEASURED)
     assert gated["auto"] == ("reference" if facts["library"]["error"] else "cpu")
 
 
@@ -76,10 +82,10 @@ def test_info_fits_80_columns_whatever_can_run(serving, monkeypatch, capsys):
     table = "\n".join(lines[lines.index("Which backend can serve a call here (head dim 64):") :])
     assert "bf16 gated (cuda)" in table
     if serving:
-        assert all(table.count(name) >= 6 for name in every)
+        assert all(table.count(name) >= 10 for name in every)
         assert "Why not" not in table
     else:
-        assert table.count("nothing") == 6
+        assert table.count("nothing") == 10
         assert all(f"{name}: it is switched off" in table for name in every)
 
 

@@ -2,8 +2,6 @@
 
 import json
 import os
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -11,10 +9,11 @@ import torch
 from PIL import Image
 
 from gate4d import TokenLayout, Visibility
+from gate4d.benchmarks.study import Curve, Point, Study
 from gate4d.cli.main import main
 from gate4d.data import Clip, render_clip
 from gate4d.demo import measure, reconstruction, report
-from gate4d.demo.measure import Curve, Point, Settings, Study
+from gate4d.demo.measure import Limits, Settings
 from gate4d.demo.reconstruction import reconstruct
 from gate4d.demo.stack import (
     IMPLEMENTATIONS,
@@ -25,7 +24,6 @@ from gate4d.demo.stack import (
     gate4d_attention,
     pool_to_patches,
 )
-from gate4d.demo.worker import MemoryMeter
 from gate4d.models import build, load, save_weights
 
 SMALL = {"heads": 2, "head_dim": 8, "patch": 4, "pairs": 2}
@@ -129,118 +127,23 @@ def test_frame_difference_finds_a_moving_square():
 # ---- measurement -------------------------------------------------------------------------------------------------
 
 
-def test_extrapolation_follows_the_last_two_points():
-    assert measure.extrapolate([], 8) == 0
-    assert measure.extrapolate([(2, 3.0)], 4) == 12
-    assert measure.extrapolate([(2, 3.0), (4, 6.0)], 8) == pytest.approx(12)
-    assert measure.extrapolate([(2, 3.0), (4, 30.0)], 8) == pytest.approx(120)  # at most quadratic
-    assert measure.extrapolate([(2, 3.0), (4, 2.0)], 8) == pytest.approx(4)  # at least linear
-    assert measure.extrapolate([(2, 0), (4, 0)], 8) == 0
-
-
-def test_frame_counts():
-    assert measure.frame_counts(2) == [2]
-    assert measure.frame_counts(5) == [2, 4, 5]
-    assert measure.frame_counts(24) == [2, 4, 6, 8, 12, 16, 24]
-    assert measure.frame_counts(100) == [2, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 100]
-
-
-def test_a_stopped_curve_leaves_its_time_to_the_others():
-    curves = [Curve("a", spent=2.0), Curve("b", spent=3.0), Curve("c", spent=4.0, stopped="before 4 frames")]
-    assert measure._seconds_left(curves[0], curves, 30.0) == pytest.approx((30 - 4) / 2 - 2)
-
-
-def test_available_memory_is_plausible():
-    assert 2**26 < measure.available_memory() < 2**46
-
-
-METER = """
-import torch
-from gate4d.demo.worker import MemoryMeter
-from gate4d.models import build, load, save_weights
-torch.zeros(2**20)
-meter = MemoryMeter()
-for mebibytes in (8, 64, 16):
-    meter.start()
-    torch.ones(mebibytes * 2**18)
-    print(meter.peak())
-"""
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="the resettable high-water mark is Linux's")
-def test_memory_meter_measures_what_was_touched():
-    run = subprocess.run([sys.executable, "-c", METER], capture_output=True, text=True, check=True)
-    peaks = [int(x) / 2**20 for x in run.stdout.split()]
-    for wanted, peak in zip((8, 64, 16), peaks, strict=True):
-        assert wanted * 0.98 <= peak <= wanted + 3
-    assert MemoryMeter().method.startswith("peak resident set of a fresh process")
-
-
 def test_measure_in_fresh_processes(frames, motion):
-    settings = Settings(model=SMALL, repeat_seconds=0.0, max_bytes=1, budget=600.0)
+    settings = Settings(model=SMALL, limits=Limits(repeat_seconds=0.0, budget=600.0))
     steps = []
-    study = measure.measure(frames, motion, [2, 3], settings, steps.append, ("SDPA + mask", "gate4d"))
+    study, gate_effect = measure.measure(frames, motion, [2, 3], settings, steps.append, ("SDPA + mask", "gate4d"))
     assert len(steps) == 4
     assert study.tokens_per_frame == 11
-    assert list(study.differences) == [2]
-    assert study.differences[2] < 1e-5 < 1e-2 < study.gate_effect
-    for curve in study.curves:  # a first count always runs; the memory limit ends every curve after it
-        assert [(p.frames, p.runs) for p in curve.points] == [(2, 1)]
+    assert list(study.differences) == [2, 3]
+    assert study.differences[2] < 1e-5 < 1e-2 < gate_effect
+    for curve in study.curves:
+        assert [(p.frames, p.runs) for p in curve.points] == [(2, 1), (3, 1)]
+        assert curve.stopped is None
         assert curve.points[0].fps > 0
-        if curve.points[0].peak_bytes:
-            assert curve.stopped.startswith("before 3 frames: about 0.0 GiB expected")
 
 
 def test_a_failing_implementation_fails_the_study(frames, motion):
     with pytest.raises(RuntimeError, match=r"nonsense did not start: KeyError: 'nonsense'"):
         measure.measure(frames, motion, [2], Settings(model=SMALL), implementations=("nonsense",))
-
-
-class FakeWorker:
-    """Answers with prepared messages, in place of a process."""
-
-    name = "maps"
-
-    def __init__(self, reply):
-        self.reply = reply
-
-    def ask(self, save, **request):
-        if isinstance(self.reply, Exception):
-            raise self.reply
-        np.save(save, self.reply.pop("output"))
-        return self.reply
-
-
-def advance(tmp_path, reply, **changes):
-    curve, outputs = Curve("maps", points=[Point(2, 1.0, 1, 2**30)]), {}
-    settings = Settings(max_bytes=changes.get("max_bytes", 2**40))
-    measure._advance(FakeWorker(reply), curve, 4, settings, changes.get("left", 60.0), tmp_path, outputs)
-    return curve, outputs
-
-
-def test_stopping_is_said(tmp_path):
-    reply = {"seconds": 2.0, "runs": 3, "peak_bytes": 5}
-    curve, outputs = advance(tmp_path, {**reply, "output": np.ones((4, 2))})
-    assert curve.points[-1] == Point(4, 2.0, 3, 5)
-    assert curve.spent == 6.0
-    assert curve.stopped is None
-    assert outputs["maps"].shape == (4, 2)
-    assert "about 4 s expected, 1 s" in advance(tmp_path, {}, left=1.2)[0].stopped
-    assert "about 4.0 GiB expected, limit 3.0 GiB" in advance(tmp_path, {}, max_bytes=3 * 2**30)[0].stopped
-    killed = measure.WorkerDied("killed by signal 9, most likely for lack of memory")
-    assert advance(tmp_path, killed)[0].stopped == f"at 4 frames: {killed}"
-    with pytest.raises(RuntimeError, match="maps failed at 4 frames: ValueError: no"):
-        advance(tmp_path, measure.WorkerDied("ValueError: no"))
-    with pytest.raises(RuntimeError, match="not finite at 4 frames"):
-        advance(tmp_path, {**reply, "output": np.full((4, 2), np.nan)})
-
-
-def test_a_killed_process_is_noticed(tmp_path):
-    worker = measure.Worker({"implementation": "gate4d"}, tmp_path)
-    worker._process.kill()
-    with pytest.raises(measure.WorkerDied, match="killed by signal 9, most likely for lack of memory"):
-        worker.ask(frames=2)
-    worker.close()
 
 
 # ---- report ------------------------------------------------------------------------------------------------------
@@ -249,11 +152,11 @@ def test_a_killed_process_is_noticed(tmp_path):
 @pytest.fixture
 def study():
     curves = [
-        Curve("maps", [Point(2, 3.0, 1, 2**33)], "before 40 frames: about 9 GiB expected, limit 2.0 GiB"),
-        Curve("SDPA + mask", [Point(2, 0.001, 5, 2**20), Point(40, 1.0, 1, 2**40)]),
-        Curve("gate4d", [Point(2, 2.0, 2, 2**20), Point(40, 10.0, 1, 2**21)]),
+        Curve("maps", [Point(2, (3.0,), 2**33)], "at 40 frames: out of memory, limit 2.0 GiB", "memory", 40),
+        Curve("SDPA + mask", [Point(2, (0.001,) * 5, 2**20), Point(40, (1.0,), 2**40)]),
+        Curve("gate4d", [Point(2, (2.0, 2.0), 2**20), Point(40, (10.0,), 2**21)]),
     ]
-    return Study([2, 40], 1041, curves, {2: 1e-7, 40: 3e-7}, 0.3, "measured", 2)
+    return Study([2, 40], curves, {2: 1e-7, 40: 3e-7}, 1041, "measured", 2)
 
 
 def test_table_fits_80_columns(study):
@@ -273,9 +176,9 @@ def test_pictures_and_figures(tmp_path, study, motion):
         assert pixels.std() > 5
     red = (pixels[..., 0] > 150) & (pixels[..., 1] < 110)
     assert red.mean() > 0.1  # the true mask is everywhere
-    data = json.loads(json.dumps(report.figures(study, clip, {"command": "gate4d demo"})))
+    data = json.loads(json.dumps(report.figures(study, 0.3, clip, {"command": "gate4d demo"})))
     assert data["curves"]["gate4d"]["points"][1]["fps"] == 4.0
-    assert data["curves"]["maps"]["stopped"].startswith("before 40")
+    assert data["curves"]["maps"]["stopped"].startswith("at 40")
 
 
 def test_an_earlier_demo_is_replaced(tmp_path):

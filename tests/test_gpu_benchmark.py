@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 
 import pytest
 import torch
 
 from gate4d.benchmarks.gpu.__main__ import main, measure, run, table
-from gate4d.benchmarks.gpu.targets import Work, plan
+from gate4d.benchmarks.gpu.targets import TINY, Work, plan
 
 
 class Clock:
@@ -103,8 +104,47 @@ def test_measure_checks_first_and_divides_by_the_fastest_peer() -> None:
 def test_plan_has_unique_ids_that_fit_a_slice() -> None:
     ids = [w.id for w in plan()]
     assert len(set(ids)) == len(ids)
-    assert {i.split()[0] for i in ids} == {f"G{n}" for n in range(1, 8)}
+    assert {i.split()[0] for i in ids} == {f"G{n}" for n in range(1, 11)}
     assert max(w.seconds for w in plan()) < 9 * 60
+
+
+@pytest.mark.parametrize("work", [w for w in plan(TINY) if "N=32768 /" not in w.id], ids=lambda w: w.id)
+def test_dry_run_on_a_cpu(work: Work) -> None:
+    """Every measurement at a tiny size: it is built, its check passes, and all that was asked for is timed."""
+    if work.id.startswith("G8"):
+        pytest.importorskip("sklearn")
+        pytest.importorskip("skimage")
+    result = measure(work, lambda step: [_timed(step)])
+    assert result["median_ms"]
+    assert result["ratio"] > 0
+    assert set(result["failed_peers"]) <= {"SDPA cudnn", "SDPA efficient", "SDPA flash"}
+
+
+def _timed(step) -> float:
+    begin = time.perf_counter()
+    step()
+    return time.perf_counter() - begin
+
+
+@pytest.mark.parametrize("broken", ["q", "k", "v", "motion"])
+def test_the_backward_check_sees_a_wrong_gradient(broken: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A gradient that is 1 % off in one row of 32 is found before anything is timed."""
+    (work,) = [w for w in plan(TINY) if w.id == "G4 backward with gate gradients"]
+    grad = torch.autograd.grad
+
+    def wrong(outputs, inputs, *args, **kwargs):
+        grads = list(grad(outputs, inputs, *args, **kwargs))
+        if inputs[0].dtype == torch.float32:  # not the reference's
+            index = ("q", "k", "v", "motion").index(broken)
+            grads[index] = grads[index].contiguous()
+            flat = grads[index].view(-1, grads[index].shape[-1])
+            flat[flat.norm(dim=1).argmax()] *= 1.01
+        return grads
+
+    _, _, check = work.build()
+    monkeypatch.setattr(torch.autograd, "grad", wrong)
+    with pytest.raises(AssertionError, match=f"gradient of {broken}: relative error"):
+        check()
 
 
 def test_arguments(capsys: pytest.CaptureFixture[str]) -> None:
@@ -114,7 +154,7 @@ def test_arguments(capsys: pytest.CaptureFixture[str]) -> None:
         with pytest.raises(SystemExit) as stopped:
             main(bad)
         assert stopped.value.code == 2
-    assert "there are G1 to G7" in capsys.readouterr().err
+    assert "there are G1 to G10" in capsys.readouterr().err
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")

@@ -15,7 +15,7 @@ import torch
 from accuracy import assert_accurate, assert_accurate_gradient
 from torch import Tensor
 
-from gate4d.nn import RoPE2D, norm_rope
+from gate4d.nn import FrameKVCache, RoPE2D, SelfAttention, norm_rope
 from gate4d.nn.fused_rope import frequencies_of
 
 ROOT = Path(__file__).parents[1]
@@ -169,6 +169,72 @@ def test_operator_and_gradients(host, monkeypatch):
     for name, got, exact, plain in zip(("out", "x", "weight", "bias"), *results, strict=True):
         assert got.dtype == torch.bfloat16
         assert_accurate(name, got, exact, plain)
+
+
+@pytest.fixture
+def emulated(host, monkeypatch):
+    """Tensors on the CPU take the path of CUDA tensors, with the emulation in the kernel's place; yields its calls."""
+    calls = []
+
+    def forward(x, out, weight, bias, positions, frequencies, norm, eps):
+        calls.append(out)
+        emulate(host, x, out, weight=weight, bias=bias, positions=positions, eps=eps if norm else None)
+
+    monkeypatch.setattr("gate4d.nn.fused_rope._fused", lambda x, rope: x.dtype != torch.float64)
+    library = torch.library.Library("gate4d", "IMPL")
+    library.impl("norm_rope_forward", forward, "CPU")
+    yield calls
+    library._destroy()
+
+
+@pytest.mark.parametrize("norm", [True, False])
+@pytest.mark.parametrize("rotate", [True, False])
+def test_attention_module_uses_the_kernel(norm, rotate, emulated, monkeypatch):
+    """One call each for q and k, the latter into the cache's own memory; the same outputs as the torch path."""
+    module = SelfAttention(32, 2, qk_norm=norm, rope=RoPE2D() if rotate else None)
+    for p in module.parameters():
+        torch.nn.init.normal_(p, std=0.3)
+    frames = torch.randn(5, 2, TOKENS, 32)
+    pos = torch.randint(0, 20, (2, TOKENS, 2))
+
+    def run(fused: bool):
+        cache = FrameKVCache(window=2, anchors=1)
+        with monkeypatch.context() as m:
+            if not fused:
+                m.setattr("gate4d.nn.fused_rope._fused", lambda x, rope: False)
+            with torch.no_grad():
+                outs = [module(x, pos, cache=cache) for x in frames]
+                plain = module(frames[0], pos)
+        return torch.stack([*outs, plain]), cache
+
+    want, other = run(fused=False)
+    assert not emulated
+    got, cache = run(fused=True)
+    assert len(emulated) == 2 * len(frames) + 2
+    (k, v), (other_k, other_v) = *cache.pages(), *other.pages()
+    assert cache.frame_ids == other.frame_ids
+    assert sum(c.data_ptr() in range(k.data_ptr(), k.data_ptr() + 4 * k[0, 0].numel()) for c in emulated) == len(frames)
+    torch.testing.assert_close(k, other_k, rtol=1e-5, atol=1e-5)
+    assert torch.equal(v, other_v)
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("axis", [0, 1, 2])
+def test_offsets_beyond_32_bits(host, axis):
+    """Items, heads or tokens more than 2**31 elements apart; of 4 GiB only the pages that are touched exist."""
+    shape, strides = [1, 1, 1, 16], [0, 0, 0, 1]
+    shape[axis], strides[axis] = 2, 2**31 + 16
+    try:
+        x, out = (torch.empty(2**31 + 64, dtype=torch.float16).as_strided(shape, strides) for _ in range(2))
+    except RuntimeError as e:
+        pytest.skip(f"no address space: {e}")
+    near_x, near = torch.randn(shape).half(), torch.empty(shape, dtype=torch.float16)
+    x.copy_(near_x)
+    weight, positions = torch.rand(16), torch.randint(0, 9, (shape[0], shape[2], 2))
+    for source, to in ((x, out), (near_x, near)):
+        emulate(host, source, to, weight=weight, positions=positions, eps=EPS)
+    assert near.isfinite().all()
+    assert torch.equal(out, near)
 
 
 def test_the_torch_path_writes_into_a_cache():

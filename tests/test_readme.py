@@ -1,5 +1,6 @@
 """The README is true: its example runs, its commands and files exist."""
 
+import json
 import re
 from pathlib import Path
 
@@ -58,3 +59,45 @@ def test_commands_and_files_exist():
         for path in [*links, *folders]:
             if path != "demo/":  # written by the demo
                 assert (ROOT / path).exists(), path
+
+
+# A line of README's table: its beginning, then the rows of the results file that its figures are.
+CLAIMS = {
+    "C1 ": ["gated forward float32 / SDPA"],
+    "C2 ": ["gated forward bfloat16 / SDPA"],
+    "C3 ": ["gated forward / FlexAttention"],
+    "C4 ": ["forward + backward / SDPA's"],
+    "C5 ": ["30 % of keys dropped / no gate"],
+    "C6 ": ["frame-causal, 8 frames / full", "window of 2 frames / full"],
+    "C7 ": ["memory, forward, 30 % of keys dropped", "memory, forward + backward"],  # the first is the worst forward
+    "C8 row": ["row statistics on / off, no gate", "row statistics on / off, gated"],
+    "C8 gate": ["gate on / off"],
+    "C9 ": ["attention received / one forward"],
+    "C10 ": ["saliency online / maps, time", "saliency online / maps, memory"],
+    "C11 ": ["TTT3R cue / decoder step"],
+    "C12 ": ["call - SDPA's, no gate, H = 1", "call - SDPA's, gate, H = 1"],
+}
+RESULTS = sorted((ROOT / "benchmarks" / "results").glob("cpu-*.json"))[-1]
+
+
+@pytest.mark.parametrize("start", CLAIMS)
+def test_claims_are_the_committed_results(start):
+    rows = {row["what"]: row for row in json.loads(RESULTS.read_text())["rows"]}
+    (line,) = [x for x in README.splitlines() if x.startswith(f"| {start}")]
+    _, _, target, measured, _ = (cell.strip() for cell in line.split("|"))
+    figures = re.findall(r"(?<![\w.])\d+(?:\.\d+)?", measured)
+    results = [rows[what] for what in CLAIMS[start]]
+    assert len(figures) == len(results)
+    for figure, part, row in zip(figures, measured.split(";"), results, strict=True):
+        digits = len(figure.partition(".")[2])
+        assert f"{row['ratio']:.{digits}f}" == figure, row["what"]
+        assert ("missed" in part) == (not row["passed"]), row["what"]
+    limits = {float(x) for x in re.findall(r"<= (\d+(?:\.\d+)?)", target)}
+    assert limits == {row["target"] for row in results}
+
+
+def test_every_measured_target_is_claimed_and_every_miss_is_said():
+    rows = json.loads(RESULTS.read_text())["rows"]
+    claimed = {what for whats in CLAIMS.values() for what in whats}
+    assert {row["id"] for row in rows if row["what"] in claimed} == {row["id"] for row in rows}
+    assert {row["what"] for row in rows if row["passed"] is False} <= claimed

@@ -30,12 +30,14 @@ if os.environ.get("TRITON_INTERPRET") != "1":
 
 else:
     from accuracy import assert_accurate
-    from attention_cases import GATES, Case, _caller, check, draw, evaluate
+    from attention_cases import GATES, Case, _caller, check, draw, evaluate, exact
+    from torch_attention import torch_attention
 
     from gate4d import MotionGate, backends, ops
     from gate4d.kernels.attention import triton_launch
     from gate4d.kernels.attention.reference import attention as attention_reference
     from gate4d.kernels.attention.triton_configs import PASSES, Config, override
+    from gate4d.kernels.cross_moments import triton as cross_triton
     from gate4d.kernels.received_attention import triton as received_triton
     from gate4d.kernels.received_attention.reference import received_attention as received_reference
     from gate4d.kernels.triton_common import power_code
@@ -76,6 +78,10 @@ else:
         Case("pairwise", "full", SINGLE, batch=1, heads=1, queries=1, keys=1, dim=1),
         Case("pairwise", "full", HALF, batch=1, queries=1, keys=63, dim=256, value_dim=40),
         Case("pairwise", "full", HALF, logit_scale=8.0, **SMALL),
+        Case("none", "full", SINGLE, logit_scale=30.0, **SMALL),
+        Case("pairwise", "full", SINGLE, logit_scale=30.0, **SAME),
+        Case("keys", "full", SINGLE, logit_scale=40.0, dim=64, **SAME),
+        Case("pairwise_1.7", "window", SINGLE, logit_scale=30.0, **SMALL),
     ]
 
     @pytest.fixture(autouse=True)
@@ -119,13 +125,26 @@ else:
         assert all(torch.equal(a, b) for a, b in zip(grads, others, strict=True))
 
     @pytest.mark.parametrize(
-        "config", [Config(64, 16, 4, 1), Config(16, 64, 4, 1), Config(32, 16, 4, 1, persistent=True)]
+        "config",
+        [Config(64, 16, 4, 1), Config(16, 64, 4, 1, registers=128), Config(32, 16, 4, 1, persistent=True)],
     )
     def test_tiles_and_a_persistent_grid(config: Config) -> None:
         with ExitStack() as stack:
             for kind in PASSES:
                 stack.enter_context(override(kind, config))
             check(Case("dropped_and_gated", "window", SINGLE, **SAME), "triton")
+
+    @pytest.mark.parametrize(("gate", "visible"), [("pairwise", "empty"), ("none", "full"), ("pairwise_1.7", "window")])
+    def test_exponentials_by_polynomial(gate: str, visible: str) -> None:
+        """The output within the rounding of fp16, lse within the cubic's 1.1e-4; unseen rows stay empty."""
+        x = draw(Case(gate, visible, HALF, **SMALL))
+        want, rounded = exact(x, gate)[0], evaluate(torch_attention, x, gate)[0]["out"]
+        with override("forward_stats", Config(32, 16, 4, 1, polynomial=True)):
+            got = evaluate(_caller("triton"), x, gate)[0]
+        assert_accurate("out", got["out"], want["out"], rounded)
+        seen = want["lse"].isfinite()
+        assert torch.equal(got["lse"].isfinite(), seen)
+        assert (got["lse"] - want["lse"])[seen].abs().max() < 1.2e-4
 
     def test_no_keys() -> None:
         """Everything is exact then: the output and all gradients are 0, and nothing is counted."""
@@ -168,6 +187,64 @@ else:
         got = received_triton.received_attention(x.q, x.k, lse, *rest)
         for name, *values in zip(("mean", "m2"), got, exact, torch_result, strict=True):
             assert_accurate(name, *values)
+
+    @pytest.mark.parametrize(
+        ("rows", "columns", "dim", "dtype", "unit"),
+        [(1, 2, 1, SINGLE, 1), (33, 70, 17, SINGLE, 1), (50, 129, 40, HALF, 1e6), (64, 16, 130, HALF, 1e-6)],
+    )
+    @pytest.mark.parametrize("offset", [0.0, 100.0])
+    def test_cross_moments(
+        rows: int, columns: int, dim: int, dtype: torch.dtype, unit: float, offset: float, poisoned_memory: None
+    ) -> None:
+        """Against the products in float64; columns may lie outside the range of fp16, as sums over frames can."""
+        x = [torch.randn(2, rows, h, dim).to(dtype).transpose(1, 2) for h in (2, 1)]
+        y = unit * (torch.randn(2, columns, 3 * dim) + offset)
+        mean, m2 = cross_triton.cross_moments(x, y, y.mean(1))
+        z = torch.cat([p.transpose(1, 2).flatten(2) for p in x], 2).double() @ y.double().mT
+        exact = z.var(-1, unbiased=False) * columns
+        assert ((m2 - exact).abs() <= 1e-5 * exact).all(), ((m2 - exact).abs() / exact).max()
+        assert (mean - z.mean(-1)).abs().max() <= 1e-5 * z.mean(-1).abs().max()
+
+    @pytest.mark.parametrize("dtype", [HALF, torch.bfloat16])
+    def test_sixteen_bit_columns_lose_nothing_that_counts(dtype: torch.dtype) -> None:
+        y = torch.randn(3, 40, 50) * torch.tensor([1e-30, 1.0, 1e8])[:, None, None]
+        y[0, 0] = 0
+        high, low, unit = cross_triton._split(y, dtype)
+        assert high.isfinite().all()
+        error = (unit.double()[:, :, None] * (high.double() + low.double()) - y).abs()
+        assert (error <= 2**-17 * y.abs() + 2**-36 * y.abs().amax((1, 2), keepdim=True)).all()
+
+    @pytest.mark.parametrize(
+        ("shape", "strides"),
+        [((1, 2, 20, 16), (0, 2**31 + 16, 16, 1)), ((2, 1, 20, 16), (2**31 + 16, 0, 16, 1)),
+         ((1, 1, 275, 16), (0, 0, 2**23 - 16, 1))],
+        ids=["heads", "batch", "tokens"],
+    )  # fmt: skip
+    def test_offsets_beyond_32_bits(shape: tuple[int, ...], strides: tuple[int, ...]) -> None:
+        """Bit by bit what dense tensors give, in every kernel; of 4 GiB only the pages that are touched exist."""
+        extent = sum((n - 1) * s for n, s in zip(shape, strides, strict=True)) + 1
+        assert extent > 2**31
+        try:
+            far = torch.empty(extent, dtype=HALF).as_strided(shape, strides)
+        except RuntimeError as e:
+            pytest.skip(f"no address space: {e}")
+        near = torch.randn(shape).to(HALF)
+        far.copy_(near)
+        gate = torch.rand(2, shape[0], shape[2]).unbind(0)
+        results = []
+        with ExitStack() as stack:
+            for kind in PASSES:
+                stack.enter_context(override(kind, Config(128, 128, 4, 1)))
+            for x in (far, near):
+                args = (*gate, None, None, 0.2, 1.0, True)
+                out, lse, _ = triton_launch.forward(x, x, x, *args, False)
+                grads = triton_launch.backward(x, None, x, x, x, out, lse, *args, True)
+                received = received_triton.received_attention(x, x, lse, *gate, None, 0.2, 1.0)
+                columns = torch.ones(shape[0], 3, shape[1] * shape[3])
+                cross = cross_triton.cross_moments([x], columns, columns[:, 0])
+                results.append((out, lse, *grads, *received, *cross))
+        assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+        assert all(x.isfinite().all() for x in results[0])
 
     def test_power_code() -> None:
         assert [power_code(s, False) for s in (0.5, 1, 1.5, 2, 3, 4, 5, 0.3)] == [1, 2, 3, 4, 6, 8, 0, 0]

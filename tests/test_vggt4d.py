@@ -6,10 +6,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from accuracy import assert_accurate
-from standins import croco, vggt
+from standins import croco, factories, vggt
 
 import gate4d
 from gate4d.methods.masks import patch_masks
+from gate4d.methods.refine import refine_masks
+from gate4d.methods.vggt4d import vggt_geometry
 
 pytest.importorskip("sklearn")
 pytest.importorskip("skimage")
@@ -175,6 +177,68 @@ def test_switches_change_what_they_should_and_nothing_stays():
     assert torch.equal(plain["depth"], masked.predictions["depth"])
     assert not torch.equal(plain["pose"], masked.predictions["pose"])
     assert "forward" not in model.aggregator.patch_embed.__dict__
+
+
+def rotation(quaternion):
+    """Of the unit quaternion xyzw, by rotating the axes: ``q e q*``."""
+    *axis, real = (quaternion / quaternion.norm()).double()
+    axis = torch.stack(axis)
+    columns = []
+    for e in torch.eye(3).double():
+        once = torch.linalg.cross(axis, e) + real * e
+        columns.append(e + 2 * torch.linalg.cross(axis, once))
+    return torch.stack(columns, 1)
+
+
+@pytest.mark.parametrize("form", ["auto", "authors", "paper"])
+@torch.no_grad()
+def test_refined_masks(form):
+    """With depth and field of view of the first pass and poses of the second."""
+    torch.manual_seed(0)
+    model, images = factories.DenseVggt(depth=2, dim=32, heads=2).eval(), clip(4)
+    with gate4d.patch(model, method="vggt4d", recipe=SHALLOW, clusters=6, refine=form) as handle:
+        result = handle.run(images)
+        before = model(images[None])
+    with gate4d.patch(model, method="vggt4d", recipe=SHALLOW, clusters=6, refine=None) as handle:
+        coarse = handle.run(images)
+    assert coarse.refined_masks is None
+    assert torch.equal(coarse.masks.masks, result.masks.masks)  # the masks that gate are not touched
+    assert torch.equal(coarse.predictions["pose_enc"], result.predictions["pose_enc"])
+    assert not torch.equal(before["pose_enc"], result.predictions["pose_enc"])
+    height, width = images.shape[-2:]
+    poses, intrinsics = [], []
+    for moved, first in zip(result.predictions["pose_enc"][0], before["pose_enc"][0], strict=True):
+        camera = torch.eye(4).double()
+        camera[:3, :3], camera[:3, 3] = rotation(moved[3:7]), moved[:3]
+        poses.append(camera.inverse())
+        focal = [side / 2 / (angle / 2).tan() for side, angle in ((width, first[8]), (height, first[7]))]
+        intrinsics.append(torch.tensor([[focal[0], 0, width / 2], [0, focal[1], height / 2], [0, 0, 1]]))
+    scene = before["depth"][0, ..., 0], torch.stack(intrinsics), torch.stack(poses).float()
+    for got, expected in zip(vggt_geometry(before, result.predictions, (height, width)), scene, strict=True):
+        torch.testing.assert_close(got, expected)
+    expected = refine_masks(result.masks.masks, images, *scene, form="authors" if form == "auto" else form)
+    assert (result.refined_masks != expected).float().mean() < 0.01
+    assert not torch.equal(result.refined_masks, result.masks.masks)
+
+
+@torch.no_grad()
+def test_refinement_of_other_predictions():
+    model, images = build(depth=2), clip(4)
+    with gate4d.patch(model, method="vggt4d", recipe=SHALLOW) as handle:
+        assert handle.run(images).refined_masks is None  # neither depth maps nor pose encodings: nothing to refine with
+    with (
+        gate4d.patch(model, method="vggt4d", recipe=SHALLOW, refine="authors") as handle,
+        pytest.raises(ValueError, match="pose_enc"),
+    ):
+        handle.run(images)
+    flat = torch.ones(4, *images.shape[-2:]), torch.tensor([[50.0, 0, 28], [0, 50, 21], [0, 0, 1]]), torch.eye(4)
+    geometry = flat[0], flat[1], flat[2].repeat(4, 1, 1)
+    options = {"recipe": SHALLOW, "geometry": lambda first, second, size: geometry, "refine_options": {"views": 2}}
+    with gate4d.patch(model, method="vggt4d", refine="paper", **options) as handle:
+        result = handle.run(images)
+    assert torch.equal(result.refined_masks, refine_masks(result.masks.masks, images, *geometry, form="paper", views=2))
+    with pytest.raises(ValueError, match="refine must be"):
+        gate4d.patch(model, method="vggt4d", recipe=SHALLOW, refine="yes")
 
 
 class DictDino(vggt.Dino):

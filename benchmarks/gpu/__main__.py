@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -51,11 +52,34 @@ def time_step(step: Step) -> list[float]:
     return triton.testing.do_bench(step, warmup=50, rep=300, return_mode="all")
 
 
+def time_few(step: Step, repeats: int) -> list[float]:
+    """Milliseconds of ``repeats`` runs of a long step, which the check has already warmed."""
+    if not torch.cuda.is_available():  # a dry run
+        return [_seconds(step) * 1e3 for _ in range(repeats)]
+    times = []
+    for _ in range(repeats):
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        step()
+        end.record()
+        end.synchronize()
+        times.append(begin.elapsed_time(end))
+    return times
+
+
+def _seconds(step: Step) -> float:
+    begin = time.perf_counter()
+    step()
+    return time.perf_counter() - begin
+
+
 def measure(work: Work, timer: Callable[[Step], list[float]] = time_step) -> dict:
     """Check, then time. A peer that cannot run is recorded with its error; ours failing fails the measurement."""
     torch.manual_seed(0)
     ours, peers, check = work.build()
     check()
+    if work.repeats is not None:
+        timer = partial(time_few, repeats=work.repeats)
     times: dict[str, list[float]] = {name: timer(step) for name, step in ours.items()}
     failed: dict[str, str] = {}
     for name, step in peers.items():
@@ -69,7 +93,7 @@ def measure(work: Work, timer: Callable[[Step], list[float]] = time_step) -> dic
     spreads = {n: (max(t) - min(t)) / medians[n] for n, t in times.items()}
     return {
         "id": work.id, "limit": work.limit, "ratio": ratio, "best_peer": best, "median_ms": medians,
-        "relative_range": spreads, "times_ms": times, "failed_peers": failed,
+        "relative_range": spreads, "times_ms": times, "failed_peers": failed, **work.extra(),
     }  # fmt: skip
 
 
@@ -130,7 +154,7 @@ def main(argv: list[str] | None = None) -> int:
         parser.error(f"--minutes must be positive, got {args.minutes:g}")
     works = [w for w in plan() if not args.only or w.id.split()[0] in args.only]
     if not works:
-        parser.error(f"--only {' '.join(args.only)} names no target; there are G1 to G7")
+        parser.error(f"--only {' '.join(args.only)} names no target; there are G1 to G10")
     if args.list:
         print("\n".join(f"{w.id:<36} about {w.seconds:.0f} s" for w in works))
         return 0

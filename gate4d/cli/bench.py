@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import json
 import os
 import sys
 import textwrap
@@ -14,43 +15,163 @@ _WIDTH = 80
 _COLUMNS = "{:<4}{:<37}{:>11}{:>7}{:>13}{:>8}"
 
 
+WHAT = {
+    "targets": "every performance target beside its peers (default)",
+    "sequences": "whole backbones over growing frame counts: speed, latency, memory, pictures, predictions",
+    "peers": "one operation at one model's shape, every implementation that can run, and why the others cannot",
+    "suite": "pytest-benchmark levels operation, module, system; ratios compared with the stored baseline",
+}
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of ``gate4d bench``."""
-    parser.add_argument("--only", metavar="C1,C5", help="measure these targets alone (default: all; `list` shows them)")
-    parser.add_argument("--quick", action="store_true", help="fewer heads, repetitions and lengths; under two minutes")
+    parser.add_argument("what", nargs="?", default="targets", metavar="WHAT", help=_listed(WHAT))
+    parser.add_argument(
+        "--systems", action="store_true", help="targets: the five systems' extra work instead (S1 to S6)"
+    )
+    parser.add_argument("--only", metavar="A,B", help="these targets, backbones or (as in pytest -k) suite cases")
+    parser.add_argument("--quick", action="store_true", help="fewer heads, repetitions and frame counts")
     parser.add_argument("--threads", type=int, metavar="N", help="torch threads (default: every usable core)")
     parser.add_argument("--backend", default="auto", help="implementation of gate4d to measure (default: auto)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write results, raw times and surroundings")
+    parser.add_argument(
+        "--json", type=Path, metavar="FILE", help="also write results and surroundings; pictures beside"
+    )
     parser.add_argument("--markdown", type=Path, metavar="FILE", help="measure nothing: show a results file")
-    parser.add_argument("--into", type=Path, metavar="DOC", help="with --markdown: replace the marked table in DOC")
+    parser.add_argument("--into", type=Path, metavar="DOC", help="with --markdown: replace the marked part of DOC")
+    parser.add_argument("--operation", default="gated", help="peers: which operation (default: gated)")
+    parser.add_argument("--shape", help="peers: a shape of the registry (default: the operation's own)")
+    parser.add_argument("--frames", type=int, help="peers: frames (default: the operation's own)")
+    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"), help="peers: dtype")
+    parser.add_argument("--list", action="store_true", help="peers: measure nothing, list operations, shapes, peers")
+    parser.add_argument("--baseline", type=Path, metavar="FILE", help="suite: stored ratios (default: the committed)")
+    parser.add_argument("--tolerance", type=float, help="suite: allowed growth of a ratio (default: 0.15)")
+    parser.add_argument("--save", type=Path, metavar="FILE", help="suite: store this run's ratios as a baseline")
+
+
+def _listed(what: dict[str, str]) -> str:
+    return "; ".join(f"{name}: {text}" for name, text in what.items())
 
 
 def run(args: argparse.Namespace) -> int:
-    """0 if every row was measured (a missed target is a result), 1 if one failed, 130 if interrupted."""
+    """0 if everything was measured (a missed target is a result), 1 if a row failed or a ratio regressed, 130 if
+    interrupted."""
+    if args.what not in WHAT:
+        raise ValueError(f"WHAT must be one of {', '.join(WHAT)}, got {args.what!r}.")
+    if args.into is not None and args.markdown is None:
+        raise ValueError("--into needs --markdown FILE, the results to show.")
+    if args.markdown is not None:
+        return _show(args)
+    if args.json is not None and not args.json.absolute().parent.is_dir():
+        raise ValueError(f"--json must be in an existing folder, got {str(args.json)!r}.")
+    return {"targets": _targets, "sequences": _sequences, "peers": _peers, "suite": _suite}[args.what](args)
+
+
+def _show(args: argparse.Namespace) -> int:
+    from gate4d.benchmarks import report
+
+    result = report.load(args.markdown)
+    text = report.markdown(result)
+    if args.into is None:
+        print(text, end="")
+    else:
+        report.write_into(args.into, text, report.KINDS[report.kind(result)])
+    return 0
+
+
+def _surroundings(args: argparse.Namespace, effort, threads: int) -> dict:
+    """Hardware and versions, printed above every result."""
     from gate4d.benchmarks import report, rows
 
-    if args.markdown is not None:
-        text = report.markdown(report.load(args.markdown))
-        if args.into is None:
-            print(text, end="")
-        else:
-            report.write_into(args.into, text)
-        return 0
-    if args.into is not None:
-        raise ValueError("--into needs --markdown FILE, the results to show.")
+    about = report.surroundings(rows.Settings(effort, threads, args.backend), report.command_line())
+    for line in report.heading(about):
+        print(textwrap.fill(line, _WIDTH, subsequent_indent="    "))
+    return about
 
-    targets = rows.load_targets()
+
+def _sequences(args: argparse.Namespace) -> int:
+    from gate4d.benchmarks import plots, sequences
+
+    if args.only == "list":
+        print("\n".join(f"{s.name:<13}{s.stands_for}" for s in sequences.SEQUENCES.values()))
+        return 0
+    chosen = _choose(args.only, list(sequences.SEQUENCES))
+    plots.pyplot()  # a missing matplotlib is said before anything is measured
+    effort = sequences.QUICK if args.quick else sequences.FULL
+    results = Path("benchmarks/results")
+    file = args.json or (results if results.is_dir() else Path()) / "sequences-latest.json"
+    threads = _threads(args.threads)
+    about = _surroundings(args, effort, threads)
+    with _progress(sequences.steps(chosen, effort)) as step:
+        try:
+            lines, complete = sequences.run(chosen, effort, about, threads, file, step)
+        except KeyboardInterrupt:
+            print("interrupted: nothing was written", file=sys.stderr)
+            return 130
+    for line in lines:
+        print("\n".join(textwrap.wrap(line, _WIDTH, subsequent_indent="    ")) if len(line) > _WIDTH else line)
+    print(f"written to {file} and pictures (.png, .svg) beside it")
+    return 0 if complete else 1
+
+
+def _peers(args: argparse.Namespace) -> int:
+    from gate4d.benchmarks import registry, rows, versus
+
+    if args.list:
+        print("\n".join(versus.listing()))
+        return 0
+    if args.frames is not None and args.frames < 1:
+        raise ValueError(f"--frames must be at least 1, got {args.frames}.")
+    registry.operation(args.operation)
+    registry.shape(args.shape or "vggt.global")
+    threads = _threads(args.threads)
+    effort = rows.QUICK if args.quick else rows.FULL
+    about = _surroundings(args, effort, threads)
+    with _torch_threads(threads), _memory_limit(), _progress(1) as step:
+        settings = rows.Settings(effort, threads, args.backend, lambda text: step(0, text))
+        row, costs = versus.measure(args.operation, settings, shape=args.shape, frames=args.frames, dtype=args.dtype)
+    lines = versus.table(row, costs)
+    print("\n" + "\n".join(part for line in lines for part in textwrap.wrap(line, _WIDTH) or [""]))
+    if args.json is not None:
+        args.json.write_text(json.dumps({**about, "kind": "peers", "row": row.as_dict(), "costs": costs}) + "\n")
+    return 0
+
+
+def _suite(args: argparse.Namespace) -> int:
+    from gate4d.benchmarks import baseline, rows
+
+    tolerance = baseline.TOLERANCE if args.tolerance is None else args.tolerance
+    if not tolerance >= 0:
+        raise ValueError(f"--tolerance must be 0 or more (0.15 allows 15 %), got {tolerance:g}.")
+    file = args.baseline or (baseline.STORED if baseline.STORED.exists() else None)
+    stored = None if file is None else baseline.load(file)
+    if args.save is not None and not args.save.absolute().parent.is_dir():
+        raise ValueError(f"--save must be in an existing folder, got {str(args.save)!r}.")
+    threads = _threads(args.threads)
+    about = _surroundings(args, rows.QUICK, threads)
+    cases, status = baseline.run_suite(threads, args.only)
+    lines, worse = baseline.compare(cases, stored, about, tolerance)
+    print("\n" + "\n".join(lines))
+    if status or not cases:
+        print("the suite failed: see above", file=sys.stderr)
+        return 1
+    if args.save is not None:
+        data = {**about, "kind": "suite", "tolerance": tolerance, "cases": cases}
+        args.save.write_text(json.dumps(data, indent=1) + "\n")
+        print(f"written to {args.save}")
+    return int(worse)
+
+
+def _targets(args: argparse.Namespace) -> int:
+    from gate4d.benchmarks import report, rows
+
+    targets = {name: t for name, t in rows.load_targets().items() if name.startswith("S") == args.systems}
     if args.only == "list":
         print("\n".join(f"{t.id:<4}{t.what}" for t in targets.values()))
         return 0
     chosen = _choose(args.only, list(targets))
-    if args.json is not None and not args.json.absolute().parent.is_dir():
-        raise ValueError(f"--json must be in an existing folder, got {str(args.json)!r}.")
     threads = _threads(args.threads)
     effort = rows.QUICK if args.quick else rows.FULL
-    about = report.surroundings(rows.Settings(effort, threads, args.backend), report.command_line())
-    for line in report.heading(about):
-        print(textwrap.fill(line, _WIDTH, subsequent_indent="    "))
+    about = _surroundings(args, effort, threads)
 
     measured: list[rows.Row] = []
     interrupted = False
@@ -89,13 +210,15 @@ def table(result: dict) -> list[str]:
             lines += textwrap.wrap(detail, _WIDTH, initial_indent="      ", subsequent_indent="        ")
     verdicts = [report.verdict(row) for row in result["rows"]]
     counts = ", ".join(f"{verdicts.count(v)} {v}" for v in ("pass", "MISS", "FAILED") if v in verdicts)
-    return [*lines, "-" * _WIDTH, counts or "nothing was measured"]
+    without = "no targets to meet" if result["rows"] else "nothing was measured"
+    return [*lines, "-" * _WIDTH, counts or without]
 
 
 def _choose(only: str | None, known: list[str]) -> list[str]:
     if only is None:
         return known
-    wanted = [name.strip().upper() for name in only.split(",") if name.strip()]
+    names = {name.lower(): name for name in known}
+    wanted = [names.get(name.strip().lower(), name.strip()) for name in only.split(",") if name.strip()]
     unknown = [name for name in wanted if name not in known]
     if unknown or not wanted:
         raise ValueError(f"--only must be names out of {', '.join(known)}, got {', '.join(unknown) or repr(only)}.")

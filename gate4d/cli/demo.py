@@ -84,12 +84,12 @@ def run(args: argparse.Namespace) -> int:
         limit = int(args.max_gib * 2**30) if args.max_gib else measure.available_memory() // 2
         settings = measure.Settings(
             args.strength, args.window, args.sinks, {"pairs": args.pairs, "patch": patch, "seed": args.seed},
-            args.budget, limit, threads=args.threads,
+            measure.Limits(args.budget, limit, threads=args.threads),
         )  # fmt: skip
         steps = len(counts) * len(measure.IMPLEMENTATIONS)
         bar.update(task, description="starting three processes", total=steps + 1, completed=0)
         done = iter(range(steps))
-        study = measure.measure(
+        study, gate_effect = measure.measure(
             clip.frames, motion, counts, settings,
             lambda text: bar.update(task, description=text, completed=next(done)),
         )  # fmt: skip
@@ -105,7 +105,7 @@ def run(args: argparse.Namespace) -> int:
             "machine": _machine(),
         }
         with report.written_at_once(args.out) as folder:
-            report.write_json(folder / "figures.json", report.figures(study, clip, context))
+            report.write_json(folder / "figures.json", report.figures(study, gate_effect, clip, context))
             subtitle = f"{args.pairs} frame + {args.pairs} clip block, 16 heads x 64, fp32, random weights"
             subtitle += f", {study.threads} threads, gate4d's {served['name']} backend"
             report.draw_curves(folder / "curves.png", study, subtitle)
@@ -138,7 +138,7 @@ def run(args: argparse.Namespace) -> int:
             print(f"{curve.name} stopped {curve.stopped}.")
     print("FPS: whole forward pass. Peak: memory touched by it above the loaded model.")
     print("max diff: largest difference of outputs, relative to the largest output;")
-    print(f"switching the gate off changes them by {study.gate_effect:.1e}.")
+    print(f"switching the gate off changes them by {gate_effect:.1e}.")
     written = [str(args.out / f) for f in report.FILES if (args.out / f).exists()]
     print(f"Wrote {', '.join(written)} in {time.perf_counter() - begin:.0f} s.")
     return 0

@@ -58,6 +58,7 @@ def collect() -> dict:
             "GATE4D_CPU_ISA": os.environ.get("GATE4D_CPU_ISA"),
         },
         "calls": {name: _served(request) for name, request in typical_requests().items()},
+        "measured": len(backends.MEASURED),
     }
 
 
@@ -65,13 +66,15 @@ def typical_requests() -> dict[str, backends.Request]:
     """The calls that ``info`` asks every backend about: 64 channels a head, no statistics."""
     requests = {}
     for device in ["cpu"] + ["cuda"] * torch.cuda.is_available():
-        for name, dtype, gated in (
-            ("fp32 gated", torch.float32, True),
-            ("bf16 gated", torch.bfloat16, True),
-            ("fp32 un-gated", torch.float32, False),
+        for name, dtype, gate in (
+            ("fp32 gated", torch.float32, "pairwise"),
+            ("bf16 gated", torch.bfloat16, "pairwise"),
+            ("bf16 gate on keys", torch.bfloat16, "keys"),
+            ("bf16 keys dropped", torch.bfloat16, "drop"),
+            ("fp32 un-gated", torch.float32, ""),
         ):
             label = name if device == "cpu" else f"{name} ({device})"
-            requests[label] = backends.Request(device, dtype, 64, 64, gated, False, False)
+            requests[label] = backends.Request(device, dtype, 64, 64, bool(gate), False, False, gate)
     return requests
 
 
@@ -97,23 +100,28 @@ def render(facts: dict) -> str:
         "",
     ]
     names = list(backends.BACKENDS)
-    lines.append(f"  {'call':<22}{'auto takes':<16}others that can")
+    lines.append(f"  {'call':<26}{'auto takes':<16}others that can")
     for call, served in facts["calls"].items():
         others = ", ".join(n for n in names if not served["reasons"][n] and n != served["auto"]) or "none"
-        row = f"  {call:<22}{served['auto']:<16}"
+        row = f"  {call:<26}{served['auto']:<16}"
         lines += textwrap.wrap(others, _WIDTH, initial_indent=row, subsequent_indent=" " * len(row))
-    reasons: dict[str, list[str]] = {}
-    for served in facts["calls"].values():
-        for name in names:
+    by_name = [n for n in names if not any(n in order for order in backends.AUTO_ORDER.values())]
+    rows = "no row yet" if not facts["measured"] else f"{facts['measured']} row(s)"
+    note = f"auto takes {' and '.join(by_name)} only where a measurement says so: {rows} in the table of measurements."
+    lines += ["", *textwrap.wrap(note, _WIDTH, initial_indent="  ", subsequent_indent="  ")]
+    # Reasons that differ in what was got alone share a line.
+    reasons: dict[tuple[str, str], list[str]] = {}
+    for name in names:
+        for served in facts["calls"].values():
             for reason in served["reasons"][name]:
-                reasons.setdefault(name, [])
-                if reason not in reasons[name]:
-                    reasons[name].append(reason)
+                why, *got = reason.split(", got ", 1)
+                known = reasons.setdefault((name, why), [])
+                known += [x for x in got if x not in known]
     if reasons:
         lines += ["", "Why not:"]
-        for name, why in reasons.items():
-            for reason in why:
-                lines += textwrap.wrap(f"{name}: {reason}", _WIDTH, initial_indent="  ", subsequent_indent="    ")
+        for (name, why), got in reasons.items():
+            text = f"{name}: {why}" + (f", got {' or '.join(got)}" if got else "")
+            lines += textwrap.wrap(text, _WIDTH, initial_indent="  ", subsequent_indent="    ")
     if library["error"]:
         lines += ["", "What to do:", *textwrap.wrap(advice(), _WIDTH, initial_indent="  ", subsequent_indent="  ")]
     return "\n".join(lines)

@@ -32,7 +32,7 @@ and cropped to it around the middle.
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of the command."""
     parser.epilog, parser.formatter_class = EPILOG, argparse.RawDescriptionHelpFormatter
-    parser.add_argument("method", metavar="METHOD", help="more, mut3r, ttt3r, vggt4d, ...: see docs/methods.md")
+    parser.add_argument("method", metavar="METHOD", help="easi3r, more, mut3r, ttt3r or vggt4d: see docs/methods.md")
     parser.add_argument(
         "--model", required=True, metavar="MODEL", help="name, weights file, or MODULE:FACTORY; see below"
     )

@@ -11,12 +11,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from gate4d.benchmarks import plots
+from gate4d.benchmarks.resident import ResidentMeter
 from gate4d.data import Clip
 from gate4d.evaluation import camera_errors, depth_errors, mask_iou, similarity
 from gate4d.evaluation.systems import early_masking
 from gate4d.models.geometry import decode_pose, invert
-
-from .worker import MemoryMeter
 
 MAX_PATCHES = 80  # of a frame: as many as the model was trained with
 _COLORS = {"truth": "#333333", "no gates": "#c0392b", "gates": "#1a6fb5", "stream": "#2e8b57"}
@@ -88,7 +88,7 @@ def _measured(
     name: str, way: Callable[[Tensor], dict[str, Tensor]], images: Tensor, clip: Clip, repeats: int
 ) -> Outcome:
     way(images[:, :2])  # warm-up
-    meter, seconds = MemoryMeter(), []
+    meter, seconds = ResidentMeter(), []
     meter.start()
     for _ in range(repeats):
         begin = time.perf_counter()
@@ -97,7 +97,7 @@ def _measured(
     size = out["depth"].shape[2:4]
     poses = invert(decode_pose(out["pose_enc"][0].double(), *size)[0]).numpy()
     motion, depth = (out["motion"][0] > 0).numpy(), out["depth"][0, ..., 0].float().numpy()
-    outcome = Outcome(name, poses, depth, motion, min(seconds), meter.peak())
+    outcome = Outcome(name, poses, depth, motion, min(seconds), meter.growth())
     if clip.poses is not None:
         true = _in_units(clip)
         errors = camera_errors(poses, true)
@@ -131,9 +131,9 @@ def table(outcomes: list[Outcome]) -> str:
 
 def draw(path: Path, clip: Clip, outcomes: list[Outcome], columns: int = 6) -> None:
     """Frames, masks, depth and, below, the cameras' path from above."""
-    from .report import pyplot, tint
+    from .report import tint
 
-    plt = pyplot()
+    plt = plots.pyplot()
     plain = outcomes[0]
     frames, height, width, _ = clip.frames.shape
     shown = np.unique(np.linspace(0, frames - 1, min(columns, frames)).round().astype(int))

@@ -8,18 +8,16 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 import torch
 
+from gate4d.benchmarks import plots
+from gate4d.benchmarks.study import Study
 from gate4d.data import Clip
 
-from .measure import Curve, Study
-
 FILES = ("reconstruction.png", "curves.png", "overlay.png", "figures.json")
-_COLORS = {"maps": "#c0392b", "SDPA + mask": "#e08e0b", "gate4d": "#1a6fb5"}
 _MIB = 2**20
 
 
@@ -79,11 +77,9 @@ def table(study: Study) -> str:
     return "\n".join(line.rstrip() for line in lines)
 
 
-def figures(study: Study, clip: Clip, context: dict) -> dict:
+def figures(study: Study, gate_effect: float, clip: Clip, context: dict) -> dict:
     """Everything measured, as plain data; ``context`` adds hardware, versions, the command and so on."""
-    curves = {
-        c.name: {"stopped": c.stopped, "points": [{**asdict(p), "fps": p.fps} for p in c.points]} for c in study.curves
-    }
+    curves = {c.name: {"stopped": c.stopped, "points": [p.as_dict() for p in c.points]} for c in study.curves}
     return {
         **context,
         "clip": {
@@ -96,7 +92,7 @@ def figures(study: Study, clip: Clip, context: dict) -> dict:
         "threads": study.threads,
         "curves": curves,
         "largest_relative_difference": {str(n): d for n, d in study.differences.items()},
-        "relative_difference_without_gate": study.gate_effect,
+        "relative_difference_without_gate": gate_effect,
     }
 
 
@@ -105,61 +101,14 @@ def write_json(path: Path, data: dict) -> None:
     path.write_text(json.dumps(data, indent=2) + "\n")
 
 
-def pyplot():
-    """matplotlib's, drawing into files."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    plt.rcParams.update({"font.size": 11, "axes.spines.top": False, "axes.spines.right": False})
-    return plt
-
-
 def draw_curves(path: Path, study: Study, subtitle: str) -> None:
     """Frames a second and peak memory against the number of frames."""
-    plt = pyplot()
-    from matplotlib.ticker import LogLocator, NullLocator
-
-    fig, (speed, memory) = plt.subplots(1, 2, figsize=(12, 5.2), layout="constrained")
-    for curve in study.curves:
-        x = [p.frames for p in curve.points]
-        style = {"color": _COLORS.get(curve.name), "marker": "o", "linewidth": 2.2, "label": curve.name}
-        speed.plot(x, [p.fps for p in curve.points], **style)
-        memory.plot(x, [p.peak_bytes / _MIB for p in curve.points], **style)
-        if curve.stopped and curve.points:
-            _mark_stop(speed, curve, curve.points[-1].fps)
-            _mark_stop(memory, curve, curve.points[-1].peak_bytes / _MIB)
-    speed.set(title="speed", ylabel="frames per second", ylim=(0, None))
-    memory.set(title="peak memory of a forward pass", ylabel="MiB above the loaded model (log scale)", yscale="log")
-    memory.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    memory.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
-    memory.yaxis.set_minor_locator(NullLocator())
-    for axes in (speed, memory):
-        axes.set(
-            xlabel=f"frames ({study.tokens_per_frame} tokens each)",
-            xlim=(0, study.counts[-1] * 1.04),
-            xticks=study.counts,
-        )
-        axes.grid(alpha=0.3)
-    speed.legend(frameon=False)
-    fig.suptitle(f"Motion-gated, frame-causal attention\n{subtitle}", fontsize=12)
-    fig.savefig(path, dpi=110)
-    plt.close(fig)
-
-
-def _mark_stop(axes, curve: Curve, y: float) -> None:
-    why = "memory limit" if "GiB" in curve.stopped or "memory" in curve.stopped else "time budget"
-    color = _COLORS.get(curve.name)
-    axes.annotate(
-        why, (curve.points[-1].frames, y), xytext=(8, 0), textcoords="offset points",
-        color=color, va="center", fontsize=9, fontstyle="italic",
-    )  # fmt: skip
+    plots.draw(path, study, f"Motion-gated, frame-causal attention\n{subtitle}", panels=("speed", "memory"))
 
 
 def draw_overlay(path: Path, clip: Clip, motion: torch.Tensor, patch: int, cue: str, columns: int = 5) -> None:
     """A strip of frames; below, the motion scores ``[T, patches]`` that the gate receives laid over them."""
-    plt = pyplot()
+    plt = plots.pyplot()
     frames, height, width, _ = clip.frames.shape
     shown = np.unique(np.linspace(0, frames - 1, min(columns, frames)).round().astype(int))
     rows = [("frame", lambda t: clip.frames[t].numpy())]

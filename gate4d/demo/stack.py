@@ -66,6 +66,17 @@ IMPLEMENTATIONS: dict[str, Implementation] = {
 }
 
 
+def scaled_normal_(model: nn.Module, seed: int) -> None:
+    """Random weights with fan-in scaling, so that signals neither vanish nor blow up; biases of layers are 0."""
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            nn.init.normal_(parameter, std=parameter[0].numel() ** -0.5, generator=generator)
+    for module in model.modules():
+        if isinstance(module, (nn.Linear, nn.Conv2d)):
+            nn.init.zeros_(module.bias)
+
+
 class Block(nn.Module):
     """Pre-norm transformer block with q/k normalisation."""
 
@@ -102,13 +113,7 @@ class AlternatingStack(nn.Module):
         self.special = nn.Parameter(torch.empty(SPECIAL_TOKENS, dim))
         self.blocks = nn.ModuleList(Block(dim, heads) for _ in range(2 * pairs))
         self.norm = nn.LayerNorm(dim)
-        generator = torch.Generator().manual_seed(seed)
-        for parameter in self.parameters():
-            if parameter.dim() > 1:  # fan-in scaling, so that signals neither vanish nor blow up
-                nn.init.normal_(parameter, std=parameter[0].numel() ** -0.5, generator=generator)
-        for module in self.modules():
-            if isinstance(module, (nn.Linear, nn.Conv2d)):
-                nn.init.zeros_(module.bias)
+        scaled_normal_(self, seed)
 
     def layout(self, frames: Tensor) -> TokenLayout:
         """Token layout of frames ``[T, H, W, 3]``."""

@@ -55,6 +55,7 @@ def dynamic_masks(
     classes: Sequence[int] = (2, 3, 4),
     engine: str = "auto",
     seed: int = 0,
+    labels: Tensor | None = None,  # [T, P]
 ) -> DynamicMasks:
     """Dynamic masks of a clip from the saliency of its patches.
 
@@ -70,6 +71,7 @@ def dynamic_masks(
         classes: class counts that the threshold tries.
         engine: of the k-means, see :func:`kmeans`.
         seed: of the k-means.
+        labels: int64 clusters found before, in place of a k-means.
 
     Raises:
         ValueError: an argument does not fit, or holds NaN or infinities.
@@ -83,7 +85,11 @@ def dynamic_masks(
         raise ValueError(f"size must be (height, width) in pixels, both >= 1, got {tuple(size)}.")
     if not torch.isfinite(dyn).all():
         raise ValueError("dyn must be finite, got NaN or infinities.")
-    labels = kmeans(features.flatten(0, 1), clusters, engine=engine, seed=seed).to(dyn.device).reshape(dyn.shape)
+    if labels is None:
+        labels = kmeans(features.flatten(0, 1), clusters, engine=engine, seed=seed)
+    if labels.numel() != dyn.numel():
+        raise ValueError(f"labels must have shape {list(dyn.shape)}, got {list(labels.shape)}.")
+    labels = labels.to(dyn.device).reshape(dyn.shape)
     means = cluster_means(dyn.float(), labels)
     patch_scores = minmax(means, EPS)
     scores = F.interpolate(patch_scores.unflatten(1, grid)[:, None], size=size, mode="bilinear")[:, 0]

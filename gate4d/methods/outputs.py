@@ -96,7 +96,8 @@ def collect(result: Any, size: tuple[int, int]) -> Outputs:
     predictions, scores, heat = _frames(result.predictions), {}, None
     if isinstance(masks, DynamicMasks):
         scores = {"motion": masks.patch_scores, "heat": masks.scores}
-        masks, heat = masks.masks.cpu(), masks.scores.float().cpu()
+        refined, heat = getattr(result, "refined_masks", None), masks.scores.float().cpu()
+        masks = (masks.masks if refined is None else refined).cpu()
     elif isinstance(motion, Tensor):  # [T, B, patches]
         scores = {"motion": motion[:, 0]}
         patches = motion[:, :1].float().cpu().unflatten(2, grid_of(motion.shape[2], size))

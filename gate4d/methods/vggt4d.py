@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -11,11 +11,15 @@ from torch import Tensor, nn
 from ..gates import MotionGate
 from ..integrations.registry import register_method
 from ..integrations.table import AttentionTable
+from ..models.geometry import decode_pose, invert
 from ..saliency.gram import RECIPES, GramRecipe, GramResult, GramSaliency
 from ..visibility import TokenLayout
 from .common import clip_images, require_family, require_parts
 from .masks import DynamicMasks, dynamic_masks, patch_masks
+from .refine import FORMS, refine_masks
 
+# (predictions of the first pass, of the second, (height, width)) to depth, intrinsics and poses for refine_masks.
+Geometry = Callable[[Mapping[str, Any], Mapping[str, Any], tuple[int, int]], tuple[Tensor, Tensor, Tensor]]
 _CAMERA_OUTPUTS = ("pose_enc", "pose_enc_list", "pose")
 
 
@@ -24,25 +28,28 @@ class Vggt4dResult(NamedTuple):
 
     Attributes:
         predictions: of the first pass, with the camera outputs of the second.
-        masks: the :class:`~gate4d.methods.masks.DynamicMasks` of the clip.
+        masks: the :class:`~gate4d.methods.masks.DynamicMasks` of the clip, which gated the second pass.
         saliency: the :class:`gate4d.GramResult` of the first pass, ``[1, T, patches]``.
+        refined_masks: bool ``[T, H, W]``, the masks after :func:`~gate4d.methods.refine.refine_masks`, which the
+            authors write out; None without refinement.
     """
 
     predictions: dict[str, Any]
     masks: DynamicMasks
     saliency: GramResult
+    refined_masks: Tensor | None = None
 
 
 @register_method("vggt4d")
 class Vggt4d:
-    """VGGT4D's two passes over a clip.
+    """VGGT4D's two passes over a clip, and the refinement of the masks by reprojection.
 
     The first pass is the plain model; :class:`gate4d.GramSaliency` watches its global attention. The saliency becomes
     masks by :func:`~gate4d.methods.masks.dynamic_masks` on the features of the patch encoder. The second pass drops
     the keys and values of dynamic patches (any dynamic pixel) in the first layers, in frame and global attention
     alike, special tokens spared; it reuses the patch encoder's features, which the masks do not change. Cameras are
-    those of the second pass, everything else of the first. The authors' third stage, the refinement of the masks by
-    reprojection, is not part of this.
+    those of the second pass, everything else of the first. Then the masks are refined with depth and intrinsics of
+    the first pass and poses of the second, as the authors do.
 
     Args:
         recipe: of the saliency, ``"vggt4d"`` (needs 24 global blocks and clips of at least 4 frames) or a
@@ -50,6 +57,10 @@ class Vggt4d:
         masked_layers: frame and global blocks whose dynamic keys are dropped.
         camera_outputs: keys of the predictions that come from the second pass.
         clusters, engine, seed: of the k-means.
+        refine: ``"authors"`` or ``"paper"``, a form of :func:`~gate4d.methods.refine.refine_masks`; None for none;
+            ``"auto"``: the authors', but none for a model whose predictions lack what ``geometry`` reads.
+        refine_options: more arguments of ``refine_masks``; ``{"views": 50}`` bounds the time for long clips.
+        geometry: reads depth, intrinsics and poses out of the predictions, see :func:`vggt_geometry`, the default.
     """
 
     def __init__(
@@ -63,6 +74,9 @@ class Vggt4d:
         clusters: int = 64,
         engine: str = "auto",
         seed: int = 0,
+        refine: str | None = "auto",
+        refine_options: Mapping[str, Any] | None = None,
+        geometry: Geometry | None = None,
     ):
         require_family("vggt4d", table.select("global") or table, "vggt")  # a copy's camera head is VGGT's
         self.aggregator = getattr(model, "aggregator", model)
@@ -77,6 +91,10 @@ class Vggt4d:
                 f"recipe needs global blocks {missing}, but the model has {len(self.rows['global'])}: pass a "
                 "GramRecipe for this depth."
             )
+        if refine not in (*FORMS, "auto", None):
+            raise ValueError(f"refine must be one of {[*FORMS, 'auto']} or None, got {refine!r}.")
+        self.refine, self.refine_options = refine, dict(refine_options or {})
+        self.geometry = geometry or vggt_geometry
         self.model = model
         self.masked_layers = tuple(masked_layers)
         self.camera_outputs = tuple(camera_outputs)
@@ -92,7 +110,7 @@ class Vggt4d:
 
         Raises:
             ValueError, TypeError: frames differ in size, do not divide into patches, or are too few for the recipe's
-                window.
+                window; or the predictions lack what the refinement needs.
             ImportError: an extra is missing; names it.
         """
         images = clip_images(frames, self.aggregator.patch_size, device=next(self.model.parameters()).device)
@@ -106,7 +124,23 @@ class Vggt4d:
         masks = dynamic_masks(saliency.dyn[0], _patch_tokens(encoded), grid, size, **self.clustering)
         masked = self._second(images, patch_masks(masks.masks, grid), encoded)
         cameras = {name: masked[name] for name in self.camera_outputs if name in masked}
-        return Vggt4dResult({**predictions, **cameras}, masks, saliency)
+        del masked, encoded
+        refined = self._refined(images[0], masks.masks, predictions, {**predictions, **cameras})
+        return Vggt4dResult({**predictions, **cameras}, masks, saliency, refined)
+
+    def _refined(
+        self, images: Tensor, masks: Tensor, first: Mapping[str, Any], second: Mapping[str, Any]
+    ) -> Tensor | None:
+        if self.refine is None:
+            return None
+        try:
+            scene = self.geometry(first, second, tuple(images.shape[-2:]))
+        except (KeyError, ValueError) as e:
+            if self.refine == "auto":
+                return None
+            raise ValueError(f"refine={self.refine!r} needs depth and cameras among the predictions: {e}") from e
+        form = "authors" if self.refine == "auto" else self.refine
+        return refine_masks(masks, images, *scene, form=form, **self.refine_options)
 
     def close(self) -> None:
         """Nothing outlives a run."""
@@ -158,6 +192,31 @@ class Vggt4d:
                 encoder.__dict__["forward"] = own
             for control, _ in controls:
                 control.gate = None
+
+
+def vggt_geometry(
+    first: Mapping[str, Any], second: Mapping[str, Any], size: tuple[int, int]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Depth ``[T, H, W]``, intrinsics ``[T, 3, 3]`` and poses (camera to world) ``[T, 4, 4]`` of VGGT's predictions.
+
+    ``depth`` (``[1, T, H, W, 1]`` or ``[1, T, H, W]``) and the field of view come from the first pass, the poses from
+    the second. ``pose_enc [1, T, 9]`` is VGGT's encoding, see :mod:`gate4d.models.geometry`.
+
+    Raises:
+        KeyError: ``depth`` or ``pose_enc`` is missing.
+        ValueError: they have another form.
+    """
+    depth, encoding, moved = first["depth"], first["pose_enc"], second["pose_enc"]
+    depth = depth.squeeze(-1) if depth.dim() == 5 else depth
+    height, width = size
+    frames = depth.shape[1] if depth.dim() == 4 else 0
+    if depth.shape != (1, frames, height, width) or not encoding.shape == moved.shape == (1, frames, 9):
+        raise ValueError(
+            f"depth must be [1, T, {height}, {width}, 1] and pose_enc [1, T, 9], got {list(depth.shape)} and "
+            f"{list(encoding.shape)}."
+        )
+    cameras, _ = decode_pose(moved[0].float(), *size)
+    return depth[0].float(), decode_pose(encoding[0].float(), *size)[1], invert(cameras)
 
 
 def _observer(gram: GramSaliency, layer: int):

@@ -9,12 +9,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ..functional import gated_attention
 from ..gates import MotionGate
 from ..visibility import Visibility
 from .cache import FrameKVCache
+from .fused_rope import apply_fused, fuses
 from .rope import RoPE2D
 
 Gate = MotionGate | Callable[[Tensor, Tensor], MotionGate | None] | None
@@ -127,6 +129,9 @@ class _Attention(nn.Module):
 class SelfAttention(_Attention):
     """Self-attention with packed projections: qkv, optional q/k-norm, RoPE, attention, proj.
 
+    On CUDA with the compiled extension, norm and RoPE are one kernel each for q and k, which writes keys straight into
+    the cache if there is one; it has not run on a GPU yet.
+
     Args:
         dim: features C of a token.
         num_heads: heads H; ``dim`` is a multiple of it.
@@ -162,9 +167,20 @@ class SelfAttention(_Attention):
     ) -> Tensor:
         """``x [B, N, C]`` and positions ``[B, N, 2]`` to ``[B, N, C]``; see :meth:`AttentionControl.attend`."""
         q, k, v = split_qkv(self.qkv(x), self.num_heads)
-        q, k = self.q_norm(q), self.k_norm(k)
-        if self.rope is not None and pos is not None:
-            q, k = self.rope.pair(q, k, pos, pos)
+        pos = None if self.rope is None else pos
+        if fuses(q, self.q_norm, self.rope) and fuses(k, self.k_norm, self.rope):
+            q = apply_fused(q, self.q_norm, self.rope, pos)
+            direct = cache is not None and not (cache.frozen or torch.is_grad_enabled())
+            if direct and cache.stores(v.dtype) == k.dtype:
+                slot_k, slot_v = cache.slot(k, v)
+                k = apply_fused(k, self.k_norm, self.rope, pos, out=slot_k)
+                v = slot_v.copy_(v)
+            else:
+                k = apply_fused(k, self.k_norm, self.rope, pos)
+        else:
+            q, k = self.q_norm(q), self.k_norm(k)
+            if pos is not None:
+                q, k = self.rope.pair(q, k, pos, pos)
         return self.proj(self.control.attend(q, k, v, scale=self.scale, gate=gate, visible=visible, cache=cache))
 
 

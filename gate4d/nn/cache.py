@@ -81,6 +81,7 @@ class FrameKVCache:
         self._next_id = 0
         self._slot: Tensor | None = None  # int64 [P]: where write() puts the frame, inside its page
         self._page = 0
+        self._claimed: tuple[Tensor, ...] | None = None  # what slot() gave out
         self.tokens_per_frame = 0
 
     def __repr__(self) -> str:
@@ -123,8 +124,27 @@ class FrameKVCache:
         """
         if self.frozen:
             return
+        claimed, self._claimed = self._claimed, None
+        if claimed is not None and k is claimed[0] and v is claimed[1]:
+            return
         self.reserve(k, v)
         self.write(k, v)
+
+    def slot(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """:meth:`reserve`, and the memory of the frame: views shaped as k and v, in the dtype stored.
+
+        For a kernel that writes keys where they stay: fill both views, then :meth:`append` these very tensors, which
+        copies nothing. Of k and v only shapes, dtypes and devices are read.
+        """
+        self.reserve(k, v)
+        tokens = self.tokens_per_frame
+        first = self._ids[self._page].index(self._next_id - 1) * tokens
+        self._claimed = tuple(x.narrow(2, first, tokens) for x in self._pages[self._page])
+        return self._claimed
+
+    def stores(self, dtype: torch.dtype) -> torch.dtype:
+        """The dtype in which a frame with values of ``dtype`` is stored."""
+        return self._pages[0][0].dtype if self._pages else self.dtype or dtype
 
     def reserve(self, k: Tensor, v: Tensor) -> None:
         """Choose (and if need be, allocate or evict) the slot of the next frame; only shapes are read.

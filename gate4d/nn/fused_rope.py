@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from ..ops import empty_heads_last
@@ -113,6 +113,21 @@ def _fused(x: Tensor, rope: RoPE2D | None) -> bool:
         and (rope is None or rope.exact)
         and torch._C._dispatch_has_kernel_for_dispatch_key("gate4d::norm_rope_forward", "CUDA")
     )
+
+
+def fuses(x: Tensor, norm: nn.Module, rope: nn.Module | None) -> bool:
+    """Whether one kernel computes ``rope(norm(x))`` for tokens ``[B, H, N, D]``: a LayerNorm over D or no norm, RoPE-2D
+    or no rotation, on CUDA with the extension compiled."""
+    plain_norm = type(norm) is nn.Identity or (type(norm) is nn.LayerNorm and norm.normalized_shape == x.shape[3:])
+    return plain_norm and (rope is None or type(rope) is RoPE2D) and _fused(x, rope)
+
+
+def apply_fused(
+    x: Tensor, norm: nn.Module, rope: RoPE2D | None, positions: Tensor | None, out: Tensor | None = None
+) -> Tensor:
+    """``rope(norm(x))`` of modules that :func:`fuses`; with ``positions`` None nothing is rotated."""
+    settings = {} if type(norm) is nn.Identity else {"weight": norm.weight, "bias": norm.bias, "eps": norm.eps}
+    return norm_rope(x, **settings, rope=None if positions is None else rope, positions=positions, out=out)
 
 
 def _plain(x, weight, bias, eps, rope, positions) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import NamedTuple
 
 import torch
@@ -123,17 +123,20 @@ class PairSaliency:
         if decoders != {1, 2} or len({frozenset(p) for p in self._pairs.values()}) != 1:
             counts = {f"decoder {d} layer {n}": len(p) for (d, n), p in sorted(self._pairs.items())}
             raise ValueError(f"every layer of both decoders must observe the same pairs, got {counts}.")
-        pairs = next(iter(self._pairs.values()))
+        self.require(next(iter(self._pairs.values())))
+        mean_i, var_i = self._fused(1)
+        mean_j, var_j = self._fused(2)
+        dyn = minmax((1 - mean_i) * var_i * mean_j * (1 - var_j), _EPS, dims=(1, 2))
+        return PairMaps(dyn, mean_i, var_i, mean_j, var_j)
+
+    def require(self, pairs: Collection[tuple[int, int]]) -> None:
+        """ValueError unless these pairs suffice: every image the first of two of them and the second of two."""
         for side, role in ((1, "second"), (0, "first")):
             rare = [i for i in range(self.images) if sum(p[side] == i for p in pairs) < 2]
             if rare:
                 raise ValueError(
                     f"images {rare} are the {role} image of fewer than two pairs: no deviation over pairs."
                 )
-        mean_i, var_i = self._fused(1)
-        mean_j, var_j = self._fused(2)
-        dyn = minmax((1 - mean_i) * var_i * mean_j * (1 - var_j), _EPS, dims=(1, 2))
-        return PairMaps(dyn, mean_i, var_i, mean_j, var_j)
 
     def _fused(self, decoder: int) -> tuple[Tensor, Tensor]:
         layers = [state for (d, _), state in sorted(self._state.items()) if d == decoder]

@@ -9,12 +9,14 @@ from torch import Tensor
 
 from .. import statistics_ops  # noqa: F401  (registers the operator)
 from .._library import kernel_error
+from ..cuda import kernel_reasons
 from ..moments import Moments
 
 _TILE = (512, 4096)  # rows and columns of the streamed product: 8 MiB in fp32
 # The covariance form works in float64 (its quadratic form cancels): its operations cost this many of the streamed
-# product's, by torch.mm or by the compiled kernel.
-_COVARIANCE_COST = {"torch": 2.0, "compiled": 5.0}
+# product's, by torch.mm or by a kernel. Measured on a CPU; on a GPU the peak rates of its data sheet would say 1 for
+# fp32 and 7 for 16-bit features, and nothing was measured there.
+_COVARIANCE_COST = {"torch": 2.0, "kernel": 5.0}
 
 
 @torch.no_grad()
@@ -29,7 +31,8 @@ def cross_moments(
 
     The inner mean is linear, so frames of y are averaged first and layers and heads are one long feature of ``F``
     entries. Then either the ``Nx x Ny`` product is streamed tile by tile, keeping a mean and a sum of squares a row
-    (compiled for fp32 on the CPU), or the sum of squares is ``x_i^T C x_i`` with the ``F x F`` scatter matrix of y.
+    (by a compiled kernel for fp32 on the CPU, by a Triton kernel for fp32, bf16 and fp16 on CUDA, which has not run on
+    a GPU yet), or the sum of squares is ``x_i^T C x_i`` with the ``F x F`` scatter matrix of y.
     VGGT4D's "V" maps are the standard deviation of the result.
 
     Args:
@@ -37,7 +40,7 @@ def cross_moments(
         y: features ``[B, H, Ny, D]``, or ``[B, F, H, Ny, D]`` to average over frames; as many layers as x.
         scale: factor of the products; 1 for raw dot products.
         method: ``"stream"``, ``"covariance"``, or ``"auto"`` for the cheaper one: the covariance form wins when
-            ``Nx Ny > c (Nx + Ny) F``, ``c = 5`` where the compiled kernel streams and 2 where torch does.
+            ``Nx Ny > c (Nx + Ny) F``, ``c = 5`` where a kernel streams and 2 where torch does.
 
     Returns:
         :class:`Moments` ``[B, Nx]`` with count ``Ny``, at least fp32. Not differentiable. Beyond the concatenated
@@ -92,13 +95,15 @@ def feature_moments(parts: Sequence[Tensor], y: Tensor, method: str = "auto") ->
     num_rows, num_columns, features = parts[0].shape[2], y.shape[1], y.shape[2]
     if num_columns == 0:
         return Moments.empty((y.shape[0], num_rows), y.dtype, y.device)
-    compiled = y.device.type == "cpu" and y.dtype == torch.float32 and kernel_error("cross_moments") is None
+    kernel = y.dtype == torch.float32 and _has_kernel(y.device.type, parts[0].dtype)
     if method == "auto":
-        covariance = _COVARIANCE_COST["compiled" if compiled else "torch"] * features * (num_rows + num_columns)
+        covariance = _COVARIANCE_COST["kernel" if kernel else "torch"] * features * (num_rows + num_columns)
         method = "covariance" if covariance < num_rows * num_columns else "stream"
     centre = y.mean(1, keepdim=True)  # a large common offset would drown the deviations
-    if method == "stream" and compiled:
-        return Moments(num_columns, *torch.ops.gate4d.cross_moments([x.float() for x in parts], y, centre[:, 0]))
+    if method == "stream" and kernel:
+        if y.device.type == "cpu":
+            parts = [x.float() for x in parts]
+        return Moments(num_columns, *torch.ops.gate4d.cross_moments(list(parts), y, centre[:, 0]))
     x = tokens_first(parts, y.dtype)
     y -= centre
     mean = (x @ centre.mT).squeeze(-1)
@@ -117,6 +122,12 @@ def feature_moments(parts: Sequence[Tensor], y: Tensor, method: str = "auto") ->
                 torch.mm(x_rows, y_rows.T, out=product)
                 out += torch.linalg.vector_norm(product, dim=1).square_()
     return Moments(num_columns, mean, m2)
+
+
+def _has_kernel(device_type: str, dtype: torch.dtype) -> bool:
+    if device_type == "cpu":
+        return kernel_error("cross_moments") is None
+    return not kernel_reasons(device_type, dtype, 1)
 
 
 def _layers(x: Tensor | Sequence[Tensor], name: str) -> list[Tensor]:

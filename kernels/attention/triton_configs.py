@@ -16,49 +16,66 @@ from pathlib import Path
 import torch
 
 TUNED = Path(__file__).with_name("triton_tuned.json")
-PASSES = ("forward", "forward_stats", "grad_query", "grad_key", "received")
+PASSES = ("forward", "forward_stats", "grad_query", "grad_key", "received", "cross")
 
 
 @dataclass(frozen=True)
 class Config:
-    """How one kernel is compiled. The last two are variants of the forward pass."""
+    """How one kernel is compiled. The last three are variants of the forward pass."""
 
     block_m: int
     block_n: int
     num_warps: int
     num_stages: int
+    registers: int = 0  # limit a thread; where the assembler is left to choose, it may spill one to fit another block
     descriptors: bool = False  # load K and V through tensor descriptors (the copy engine from Hopper on)
     persistent: bool = False
+    polynomial: bool = False  # half of the exponentials on the FMA units; 16-bit types only
 
     @property
     def options(self) -> dict[str, int]:
-        return {"num_warps": self.num_warps, "num_stages": self.num_stages}
+        limit = {"maxnreg": self.registers} if self.registers else {}
+        return {"num_warps": self.num_warps, "num_stages": self.num_stages, **limit}
 
 
-# (pass, bytes per element) -> by width of the widest head: block_m, block_n, warps, stages. For each, the largest
-# tile whose compiled code needs no local memory in any combination of gate, visibility and statistics.
-Table = dict[tuple[str, int], dict[int, tuple[int, int, int, int]]]
+# (pass, bytes per element) -> by width of the widest head: block_m, block_n, warps, stages and sometimes a limit
+# of registers. For each, the largest tile whose compiled code needs no local memory in any combination of gate,
+# visibility and statistics.
+Table = dict[tuple[str, int], dict[int, tuple[int, ...]]]
 _AMPERE: Table = {
-    ("forward", 2): {64: (128, 64, 8, 3), 128: (64, 32, 8, 2), 256: (64, 64, 8, 2)},
-    ("forward_stats", 2): {64: (128, 64, 8, 3), 128: (64, 32, 8, 2), 256: (64, 64, 8, 2)},
+    ("forward", 2): {64: (128, 64, 8, 3), 128: (64, 32, 8, 2, 255), 256: (64, 64, 8, 2)},
+    ("forward_stats", 2): {64: (128, 64, 8, 3), 128: (64, 32, 8, 2, 255), 256: (64, 64, 8, 2)},
     ("grad_query", 2): {64: (64, 64, 8, 2), 128: (64, 32, 8, 2), 256: (64, 32, 8, 1)},
     ("grad_key", 2): {64: (32, 128, 8, 2), 128: (32, 32, 8, 1), 256: (32, 32, 8, 1)},
     ("received", 2): {64: (64, 128, 8, 2), 128: (64, 64, 8, 2), 256: (64, 64, 8, 1)},
-    ("forward", 4): {64: (32, 32, 8, 1), 128: (32, 32, 8, 1), 256: (32, 32, 8, 2)},
+    ("forward", 4): {64: (32, 32, 8, 1), 128: (32, 32, 8, 1), 256: (32, 32, 8, 2, 255)},
     ("forward_stats", 4): {64: (32, 32, 8, 1), 128: (32, 32, 8, 1), 256: (32, 32, 8, 2)},
-    ("grad_query", 4): {64: (32, 32, 8, 1), 128: (32, 16, 8, 1), 256: (16, 16, 8, 1)},
-    ("grad_key", 4): {64: (32, 32, 4, 1), 128: (16, 32, 8, 1), 256: (16, 32, 8, 1)},
-    ("received", 4): {64: (32, 32, 8, 1), 128: (32, 32, 8, 1), 256: (16, 32, 8, 1)},
+    ("grad_query", 4): {64: (32, 32, 8, 1, 128), 128: (32, 16, 8, 1, 255), 256: (16, 16, 8, 1, 255)},
+    ("grad_key", 4): {64: (16, 32, 8, 1, 255), 128: (16, 32, 8, 1), 256: (16, 32, 8, 1, 255)},
+    ("received", 4): {64: (32, 32, 8, 1, 128), 128: (32, 32, 8, 1, 128), 256: (16, 32, 8, 1)},
+    ("cross", 2): {64: (64, 128, 8, 3)},
+    ("cross", 4): {64: (64, 64, 8, 2)},
 }
 _HOPPER: Table = {
     ("forward", 2): {64: (128, 128, 8, 3), 128: (128, 64, 8, 3), 256: (64, 64, 8, 2)},
     ("forward_stats", 2): {64: (64, 64, 8, 2), 128: (128, 64, 8, 3), 256: (64, 64, 8, 2)},
     ("grad_query", 2): {64: (64, 64, 8, 2), 128: (64, 64, 8, 2), 256: (64, 32, 8, 1)},
     ("grad_key", 2): {64: (32, 128, 8, 2), 128: (32, 64, 8, 1), 256: (32, 32, 8, 1)},
+    ("forward", 4): {64: (32, 32, 8, 1), 128: (32, 32, 8, 1), 256: (32, 32, 8, 2)},
+    ("forward_stats", 4): {64: (32, 32, 8, 1), 128: (32, 32, 8, 1), 256: (32, 32, 8, 2)},
+    ("grad_key", 4): {64: (32, 32, 4, 1), 128: (16, 32, 8, 1), 256: (16, 32, 8, 1)},
+    ("cross", 2): {64: (128, 128, 8, 3)},
 }
-_UNALIGNED: dict[tuple[str, int], tuple[int, int, int, int]] = {
-    ("forward", 2): (64, 32, 8, 2),
-    ("forward_stats", 2): (64, 32, 8, 2),
+_BLACKWELL: Table = {
+    **_HOPPER,
+    ("forward", 2): {64: (128, 64, 8, 3, 255), 128: (128, 64, 8, 3), 256: (64, 64, 8, 2)},
+    ("grad_query", 2): {64: (64, 64, 8, 2), 128: (64, 64, 8, 2, 255), 256: (64, 32, 8, 1)},
+    ("grad_key", 2): {64: (32, 128, 8, 2), 128: (32, 64, 8, 1, 255), 256: (32, 32, 8, 1)},
+    ("received", 2): {64: (64, 128, 8, 2), 128: (64, 64, 8, 2), 256: (64, 64, 8, 1, 255)},
+}
+_UNALIGNED: dict[tuple[str, int], tuple[int, ...]] = {
+    ("forward", 2): (64, 32, 8, 2, 255),
+    ("forward_stats", 2): (64, 32, 8, 2, 255),
 }
 _override: dict[str, Config] = {}
 
@@ -73,7 +90,8 @@ def config(kind: str, capability: tuple[int, int], dtype: torch.dtype, width: in
         ):  # fmt: skip
             return Config(**row["config"])
     key = (kind, 4 if dtype == torch.float32 else 2)
-    table = _HOPPER.get(key, _AMPERE[key]) if capability >= (9, 0) else _AMPERE[key]
+    newer = _BLACKWELL if capability >= (10, 0) else _HOPPER if capability >= (9, 0) else {}
+    table = newer.get(key, _AMPERE[key])
     # Rows that Triton does not know to be aligned are loaded element by element, with an address each.
     return Config(*(table[max(64, width)] if aligned else _UNALIGNED.get(key, table[256])))
 

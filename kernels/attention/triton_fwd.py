@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ..triton_common import gate_base, gate_weight, load_row, reach, row_bounds, seen_by_all, to_natural
+from ..triton_common import exp2_tile, gate_base, gate_weight, load_row, reach, row_bounds, seen_by_all, to_natural
 
 
 @triton.jit
@@ -19,7 +19,7 @@ def _forward_tile(  # the arguments of forward_kernel, for one tile of queries
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     GATE: tl.constexpr, POWER: tl.constexpr, RENORM: tl.constexpr, P_SCALE: tl.constexpr,
     HAS_BOUNDS: tl.constexpr, HAS_COUNT: tl.constexpr, ROW_STATS: tl.constexpr, PRECISION: tl.constexpr,
-    NATURAL: tl.constexpr, THREADS: tl.constexpr, DESCRIPTORS: tl.constexpr,
+    NATURAL: tl.constexpr, THREADS: tl.constexpr, DESCRIPTORS: tl.constexpr, POLYNOMIAL: tl.constexpr,
 ):  # fmt: skip
     LOG2E: tl.constexpr = 1.4426950408889634
     LN2: tl.constexpr = 0.6931471805599453
@@ -129,7 +129,7 @@ def _forward_tile(  # the arguments of forward_kernel, for one tile of queries
         if NATURAL:
             exponent = exponent * LOG2E
             moved = moved * LOG2E
-        p = tl.exp2(exponent)
+        p = exp2_tile(exponent, BLOCK_M, BLOCK_N, POLYNOMIAL)
         rescale = tl.exp2(moved)
         if MULTIPLY and not RENORM:
             total = total * rescale + tl.sum(p, 1)
@@ -195,7 +195,7 @@ def forward_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     GATE: tl.constexpr, POWER: tl.constexpr, RENORM: tl.constexpr, P_SCALE: tl.constexpr,
     HAS_BOUNDS: tl.constexpr, HAS_COUNT: tl.constexpr, ROW_STATS: tl.constexpr, PRECISION: tl.constexpr,
-    NATURAL: tl.constexpr, THREADS: tl.constexpr, DESCRIPTORS: tl.constexpr,
+    NATURAL: tl.constexpr, THREADS: tl.constexpr, DESCRIPTORS: tl.constexpr, POLYNOMIAL: tl.constexpr,
     PERSISTENT: tl.constexpr,
 ):  # fmt: skip
     """Grid: one program per (tile of queries, batch, head), or with PERSISTENT any smaller number of them."""
@@ -208,7 +208,7 @@ def forward_kernel(
                 stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn, stride_ob, stride_oh,
                 stride_on, bounds_stride_b, batch, heads, num_queries, num_keys, exponent_scale, strength, D,
                 DV, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N, GATE, POWER, RENORM, P_SCALE, HAS_BOUNDS, HAS_COUNT,
-                ROW_STATS, PRECISION, NATURAL, THREADS, DESCRIPTORS,
+                ROW_STATS, PRECISION, NATURAL, THREADS, DESCRIPTORS, POLYNOMIAL,
             )  # fmt: skip
     else:
         _forward_tile(
@@ -217,5 +217,5 @@ def forward_kernel(
             stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn, stride_ob, stride_oh, stride_on,
             bounds_stride_b, batch, heads, num_queries, num_keys, exponent_scale, strength, D, DV, BLOCK_D,
             BLOCK_DV, BLOCK_M, BLOCK_N, GATE, POWER, RENORM, P_SCALE, HAS_BOUNDS, HAS_COUNT, ROW_STATS,
-            PRECISION, NATURAL, THREADS, DESCRIPTORS,
+            PRECISION, NATURAL, THREADS, DESCRIPTORS, POLYNOMIAL,
         )  # fmt: skip

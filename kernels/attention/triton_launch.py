@@ -9,7 +9,7 @@ import triton
 from torch import Tensor
 
 from ..triton_common import KEY_GATE, LOG2E, NO_GATE, PAIR_GATE, power_code, reach_kernel, tile_max_kernel
-from ..triton_runtime import block_dim, capability, dot_precision, heads_last, launch, readable, strides
+from ..triton_runtime import block_dim, capability, dot_precision, heads_last, launch, processors, readable, strides
 from .compaction import Kept
 from .triton_bwd import delta_kernel, grad_key_kernel, grad_query_kernel
 from .triton_configs import Config, config
@@ -140,9 +140,10 @@ def forward(
         # exponent the largest is 1 anyway.
         "P_SCALE": 2**14 if p.multiplies and q.dtype == torch.float16 else 1,
         "DESCRIPTORS": descriptors, "PERSISTENT": c.persistent,
+        "POLYNOMIAL": c.polynomial and not p.natural,
         **p.shared,
     }  # fmt: skip
-    grid = min(work, _processors(q.device)) if c.persistent else work
+    grid = min(work, processors(q.device)) if c.persistent else work
     launch(forward_kernel, (grid,), args, **c.options)
     return out, lse, stats
 
@@ -252,7 +253,3 @@ def _descriptor(x: Tensor, rows: int, width: int):
     from triton.tools.tensor_descriptor import TensorDescriptor
 
     return TensorDescriptor(x, list(x.shape), list(x.stride()), [1, 1, rows, width])
-
-
-def _processors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4

@@ -104,6 +104,33 @@ class Dust3r(nn.Module):
         return {"pts3d": self.head1(self.dec_norm(f1))}, {"pts3d": self.head2(self.dec_norm(f2))}
 
 
+class Dust3rSteps(Dust3r):
+    """DUSt3R's forward pass in the steps that it is made of, under their names."""
+
+    def __init__(self, **size):
+        super().__init__(**size)
+        self.patch_embed.patch_size = (16, 16)
+
+    def _encode_image(self, image, true_shape):
+        assert true_shape.shape == (len(image), 2)
+        x, pos = self.patch_embed(image)
+        for block in self.enc_blocks:
+            x = block(x, pos)
+        return self.enc_norm(x), pos, None
+
+    def _encode_symmetrized(self, view1, view2):
+        sides = [(v["true_shape"], *self._encode_image(v["img"], v["true_shape"])[:2]) for v in (view1, view2)]
+        return tuple(zip(*sides, strict=True))
+
+    def forward(self, view1, view2):
+        _, (f1, f2), (pos1, pos2) = self._encode_symmetrized(view1, view2)
+        f1, f2 = self.decoder_embed(f1), self.decoder_embed(f2)
+        for one, two in zip(self.dec_blocks, self.dec_blocks2, strict=True):
+            (f1, _), (f2, _) = one(f1, f2, pos1, pos2), two(f2, f1, pos2, pos1)
+        res1, res2 = ({"pts3d": head(self.dec_norm(f))} for head, f in ((self.head1, f1), (self.head2, f2)))
+        return res1, {"pts3d_in_other_view": res2["pts3d"]}
+
+
 # Easi3R: masks in, logits out, everywhere.
 
 

@@ -1,0 +1,246 @@
+"""The GPU targets G8 to G10: a whole pipeline, a stream with a cache, a recurrent step in a CUDA graph.
+
+The models have the sizes of VGGT and CUT3R and random weights. None of this has run on a GPU yet.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import gate4d
+from gate4d.nn import CrossAttention, FrameKVCache, RoPE2D, SelfAttention
+from gate4d.statistics.logits import mean_logits
+
+from .targets import Setup, Step, Work, _compare
+
+STANDINS = Path(__file__).resolve().parents[2] / "tests"
+STATE, IMAGE = 768, 577  # tokens of CUT3R's state, and of a 384 x 384 image with the pose token
+
+
+class Feed(nn.Module):
+    """Pre-norm MLP."""
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.norm, self.up, self.down = nn.LayerNorm(dim), nn.Linear(dim, 4 * dim), nn.Linear(4 * dim, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.down(F.gelu(self.up(self.norm(x))))
+
+
+# G8
+
+
+def _vggt4d(s: Setup, frames: int, peaks: dict[str, int]):
+    """VGGT4D, two passes and masks, against one plain pass of the same model."""
+    sys.path.insert(0, str(STANDINS))
+    try:
+        from standins.vggt import Vggt
+    finally:
+        sys.path.remove(str(STANDINS))
+    torch.manual_seed(0)
+    model = Vggt(**dict(s.model)).to(s.device, s.dtype).eval()
+    images = torch.rand(frames, 3, s.image, s.image, device=s.device, dtype=s.dtype)
+    plain = torch.no_grad()(partial(model, images[None]))
+
+    def patched():
+        with gate4d.patch(model, method="vggt4d") as handle:
+            return handle.run(images)
+
+    def check() -> None:
+        """The first pass is the plain model: its depth must be the same, up to rounding through all blocks."""
+        got, want = _peak(s, "vggt4d", patched, peaks), _peak(s, "vggt", plain, peaks)
+        _compare("the depth", got.predictions["depth"], want["depth"].double(), 64)
+        if not 0 < got.masks.masks.float().mean() < 1:
+            raise AssertionError("the masks hold everything, or nothing")
+
+    return {"vggt4d": patched}, {"vggt": plain}, check
+
+
+def _peak(s: Setup, name: str, step: Step, peaks: dict[str, int]):
+    """A step's result; its peak memory is kept."""
+    if s.device != "cuda":
+        return step()
+    torch.cuda.reset_peak_memory_stats()
+    result = step()
+    peaks[name] = torch.cuda.max_memory_allocated()
+    return result
+
+
+def _memory(peaks: dict[str, int]) -> dict:
+    ratio = peaks["vggt4d"] / peaks["vggt"] if peaks else None
+    return {"peak_bytes": peaks, "memory_ratio": ratio, "memory_limit": 1.1}
+
+
+def vggt4d_work(s: Setup, frames: int, seconds: float) -> Work:
+    peaks: dict[str, int] = {}
+    build = partial(_vggt4d, s, frames, peaks)
+    return Work(
+        f"G8 VGGT4D, {frames} frames / VGGT", 1.7, build, seconds, 1 if frames > 300 else 3, partial(_memory, peaks)
+    )
+
+
+# G9
+
+
+class StreamBlock(nn.Module):
+    """A global block of a streaming model with its cache."""
+
+    def __init__(self, dim: int, heads: int):
+        super().__init__()
+        self.norm, self.feed = nn.LayerNorm(dim), Feed(dim)
+        self.attn = SelfAttention(dim, heads, qk_norm=True, rope=RoPE2D())
+        self.cache = FrameKVCache(window=8, anchors=1)
+
+    def forward(self, x: Tensor, pos: Tensor) -> Tensor:
+        return self.feed(x + self.attn(self.norm(x), pos, cache=self.cache))
+
+
+@torch.no_grad()
+def _stream(s: Setup):
+    """Latency of a frame once 200 have passed, against once 20 have; a window of 8 frames and one anchor."""
+    size = dict(s.model)
+    layers, dim, heads = max(2, 24 // s.unit), size["dim"], size["heads"]
+
+    def after(frames: int) -> tuple[nn.ModuleList, Step]:
+        torch.manual_seed(0)
+        blocks = nn.ModuleList(StreamBlock(dim, heads) for _ in range(layers)).to(s.device, s.dtype)
+        side = int(s.frame**0.5) + 1
+        index = torch.arange(s.frame, device=s.device)
+        pos = torch.stack((index // side, index % side), -1)[None]
+        frame = torch.randn(1, s.frame, dim, device=s.device, dtype=s.dtype)
+
+        def step() -> Tensor:
+            x = frame
+            with torch.no_grad():
+                for block in blocks:
+                    x = block(x, pos)
+            return x
+
+        for _ in range(frames):
+            step()
+        return blocks, step
+
+    early, late = after(20), after(200)
+
+    def check() -> None:
+        for blocks, step in (early, late):
+            step()
+            cache = blocks[-1].cache
+            if cache.num_frames != 9:
+                raise AssertionError(f"the cache holds {cache.num_frames} frames instead of 9")
+            ((k, v),) = cache.pages()
+            q = torch.randn(1, heads, 64, dim // heads, device=s.device, dtype=s.dtype)
+            want = F.scaled_dot_product_attention(q.double(), k.double(), v.double())
+            _compare("the attention to the cache", cache.attend(q), want, 4)
+
+    return {"frame 200": late[1]}, {"frame 20": early[1]}, check
+
+
+# G10
+
+
+class Decoder(nn.Module):
+    """CUT3R's pair of decoders: state and image look at themselves and at each other, layer by layer."""
+
+    def __init__(self, dim: int, heads: int, layers: int):
+        super().__init__()
+        self.layers = nn.ModuleList(nn.ModuleList(self._side(dim, heads) for _ in range(2)) for _ in range(layers))
+
+    @staticmethod
+    def _side(dim: int, heads: int) -> nn.ModuleDict:
+        rope = RoPE2D()
+        norms = {name: nn.LayerNorm(dim) for name in ("norm1", "norm2", "norm_y")}
+        attentions = {"self": SelfAttention(dim, heads, rope=rope), "cross": CrossAttention(dim, heads, rope=rope)}
+        return nn.ModuleDict({**norms, **attentions, "feed": Feed(dim)})
+
+    def forward(self, state: Tensor, image: Tensor, pos: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        for sides in self.layers:
+            both = state, image
+            state, image = (self._step(side, both[i], both[1 - i], pos[i], pos[1 - i]) for i, side in enumerate(sides))
+        return state, image
+
+    @staticmethod
+    def _step(side: nn.ModuleDict, x: Tensor, y: Tensor, xpos: Tensor, ypos: Tensor) -> Tensor:
+        x = x + side["self"](side["norm1"](x), xpos)
+        y = side["norm_y"](y)
+        return side["feed"](x + side["cross"](side["norm2"](x), y, y, xpos, ypos))
+
+
+@torch.no_grad()
+def _recurrent(s: Setup):
+    """A step of TTT3R against one of CUT3R: mean logits of every layer, rates, the mixed state."""
+    torch.manual_seed(0)
+    heads, dim = s.heads, s.heads * (48 if s.unit == 1 else 16)
+    tokens = STATE // s.unit + 1, IMAGE // s.unit + 1
+    model = Decoder(dim, heads, max(2, 12 // s.unit)).to(s.device, s.dtype).eval()
+    state, image = (torch.randn(1, n, dim, device=s.device, dtype=s.dtype) for n in tokens)
+    pos = tuple(torch.randint(0, 24, (1, n, 2), device=s.device) for n in tokens)
+    means: list[Tensor] = []
+
+    def observe(q: Tensor, k: Tensor, scale: float) -> None:
+        means.append(mean_logits(q, k, over=("heads", "keys"), scale=scale))
+
+    def cut3r() -> Tensor:
+        return model(state, image, pos)[0]
+
+    def ttt3r() -> Tensor:
+        means.clear()
+        controls = [sides[0]["cross"].control for sides in model.layers]
+        for c in controls:
+            c.observers.append(observe)
+        new = model(state, image, pos)[0]
+        for c in controls:
+            c.observers.remove(observe)
+        beta = torch.stack(means).mean(0).sigmoid().to(new.dtype)[..., None]
+        return beta * new + (1 - beta) * state
+
+    (slow, slow_out), (fast, fast_out) = (_graphed(s, f) for f in (ttt3r, cut3r))
+
+    def check() -> None:
+        slow()
+        fast()
+        want = torch.stack(means).double().mean(0).sigmoid()[..., None]
+        mixed = want * fast_out().double() + (1 - want) * state.double()
+        _compare("the state", slow_out(), mixed, 8)
+        if not (want > 0).logical_and(want < 1).all():
+            raise AssertionError("a rate is not between 0 and 1")
+
+    return {"TTT3R": slow}, {"CUT3R": fast}, check
+
+
+def _graphed(s: Setup, run: Callable[[], Tensor]) -> tuple[Step, Callable[[], Tensor]]:
+    """``run`` recorded in a CUDA graph: its replay, and how to read the result. Called directly elsewhere."""
+    if s.device != "cuda":
+        last: list[Tensor] = []
+
+        def step() -> None:
+            last[:] = [torch.no_grad()(run)()]
+
+        return step, lambda: last[0]
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            run()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = run()
+    return graph.replay, lambda: out
+
+
+def plan(s: Setup) -> list[Work]:
+    clips = ((50, 40), (200, 120), (500, 480)) if s.unit == 1 else ((5, 1),)
+    return [
+        *(vggt4d_work(s, frames, seconds) for frames, seconds in clips),
+        Work("G9 windowed stream, frame 200 / frame 20", 1.02, partial(_stream, s), 90),
+        Work("G10 TTT3R / CUT3R, one step in a CUDA graph", 1.02, partial(_recurrent, s), 60),
+    ]

@@ -1,0 +1,101 @@
+"""Peak memory of this process, as the system counts it: growth of the resident set since a chosen moment.
+
+On Linux: free heap pages go back to the system, VmRSS is read, the high-water mark VmHWM is reset (5 to
+``/proc/self/clear_refs``), and its growth is read later, less what file-backed pages grew (code that a first call pages
+in). The kernel's counters are exact to a few hundred KiB. Elsewhere ``ru_maxrss`` serves, which cannot be reset: it
+shows growth only beyond the earlier peak, a lower bound unless every peak exceeds the one before.
+
+Measure in a process that has done nothing else: where earlier work has left free pages in the allocator, a call that
+fits into them grows nothing.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import sys
+from pathlib import Path
+
+try:
+    import resource
+except ImportError:  # not a Unix system
+    resource = None
+
+MIB = 2**20
+LINUX_METHOD = "peak resident set of a fresh process (VmHWM, reset before each count) minus the resident set before"
+OTHER_METHOD = "peak resident set of a fresh process (ru_maxrss) minus its value at the beginning, a lower bound"
+
+
+class ResidentMeter:
+    """Growth of the resident set since :meth:`start`; ``method`` says how it is measured here."""
+
+    def __init__(self) -> None:
+        self.resettable = reset_peak()
+        self.method = LINUX_METHOD if self.resettable else OTHER_METHOD
+        self._before, self._files = _max_rss(), 0
+
+    def start(self) -> None:
+        """Hand free heap pages back, forget the peak, note what is resident. Without a mark that can be reset the
+        baseline stays that of the construction."""
+        if not self.resettable:
+            return
+        gc.collect()
+        _trim_heap()
+        reset_peak()
+        self._before, self._files = resident("VmRSS"), resident("RssFile")
+
+    def growth(self) -> int:
+        """Bytes of the peak since :meth:`start` beyond what was resident then."""
+        if not self.resettable:
+            return max(0, _max_rss() - self._before)
+        return max(0, resident("VmHWM") - self._before - (resident("RssFile") - self._files))
+
+
+def reset_peak() -> bool:
+    """Reset this process's high-water mark; False where that is impossible."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return False
+    return resident("VmHWM") > 0
+
+
+def resident(field: str) -> int:
+    """Bytes of a field of ``/proc/self/status``; 0 where there is none."""
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+    except OSError:
+        return 0
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(field + ":")), 0)
+
+
+def limit_growth(max_bytes: int) -> bool:
+    """Let allocations beyond ``max_bytes`` more than now fail as an error in this process; False where impossible."""
+    data = resident("VmData")
+    if not data or resource is None:
+        return False
+    wanted, hard = data + max_bytes, resource.getrlimit(resource.RLIMIT_DATA)[1]
+    resource.setrlimit(resource.RLIMIT_DATA, (wanted if hard == resource.RLIM_INFINITY else min(wanted, hard), hard))
+    return True
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an exception says that memory ran out, on a CPU or a GPU."""
+    text = str(error).lower()
+    return isinstance(error, MemoryError) or any(
+        said in text for said in ("out of memory", "can't allocate memory", "bad_alloc")
+    )
+
+
+def _max_rss() -> int:
+    if resource is None:
+        return 0
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def _trim_heap() -> None:
+    try:
+        ctypes.CDLL(None).malloc_trim(0)
+    except (OSError, AttributeError):  # not glibc
+        return

@@ -1,0 +1,397 @@
+"""Implementations side by side over a growing number of frames, each in a process of its own.
+
+At each frame count every implementation runs once, in turn, then again in rounds of alternating order for as long as
+calls are short. Ratios are taken within a round, as in :mod:`.timing`. An implementation stops where its next count is
+expected to exceed its share of the time budget, or where it runs out of memory: its process may grow by so many bytes,
+beyond which allocations fail there and nowhere else. The others go on.
+
+Processes wait passively between parallel sections (OMP_WAIT_POLICY, unless it is set): threads that spin while another
+process has their core make small operations many times slower, by chance.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from .timing import QUIET
+
+Outputs = Mapping[str, np.ndarray]
+
+
+@dataclass(frozen=True)
+class Contestant:
+    """An implementation: a setup and its arguments.
+
+    Attributes:
+        name: shown in tables and pictures.
+        setup: ``"module:function"``; the function, called with ``arguments`` (which go through JSON), returns
+            ``run(frames)``, an iterable of tensors whose first axis is frames: one for a clip, one per frame for a
+            stream.
+        group: contestants of one group compute the same thing.
+    """
+
+    name: str
+    setup: str
+    arguments: dict
+    group: str = ""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What is allowed.
+
+    Attributes:
+        budget: seconds for all contestants together, shared equally among those that still run.
+        max_bytes: what a contestant's process may grow by.
+        repeat_seconds: a count is repeated until a contestant has this long on average, in at most ``max_rounds``.
+        threads: of torch; 0 leaves torch's choice.
+    """
+
+    budget: float = 60.0
+    max_bytes: int = 4 << 30
+    repeat_seconds: float = 1.0
+    max_rounds: int = 5
+    threads: int = 0
+
+
+@dataclass(frozen=True)
+class Point:
+    """What one contestant did at one frame count.
+
+    Attributes:
+        frames: the count.
+        times: seconds of each call that counts; entry ``i`` of all contestants is the same round.
+        latencies: seconds of the last frame in each of these calls; for a clip its seconds divided by its frames.
+        peak_bytes: the largest growth of the resident set in a call.
+        wait: largest share of a call that the process's threads waited for other processes; None if unknown.
+    """
+
+    frames: int
+    times: tuple[float, ...]
+    peak_bytes: int
+    latencies: tuple[float, ...] = ()
+    wait: float | None = None
+
+    @property
+    def seconds(self) -> float:
+        """Median of the calls."""
+        return statistics.median(self.times)
+
+    @property
+    def runs(self) -> int:
+        """Calls that count."""
+        return len(self.times)
+
+    @property
+    def latency(self) -> float:
+        """Median seconds of the last frame."""
+        return statistics.median(self.latencies) if self.latencies else self.seconds / self.frames
+
+    @property
+    def fps(self) -> float:
+        """Frames a second over the whole call."""
+        return self.frames / self.seconds
+
+    def as_dict(self) -> dict:
+        """For JSON."""
+        return {
+            "frames": self.frames, "runs": self.runs, "seconds": self.seconds, "fps": self.fps,
+            "latency_seconds": self.latency, "peak_bytes": self.peak_bytes, "wait": self.wait,
+            "times": list(self.times),
+        }  # fmt: skip
+
+
+@dataclass
+class Curve:
+    """The points of one contestant, and why it stopped before the last count, if it did.
+
+    ``ended`` is ``"memory"``, ``"time"`` or None; ``stopped`` the sentence.
+    """
+
+    name: str
+    points: list[Point] = field(default_factory=list)
+    stopped: str | None = None
+    ended: str | None = None
+    stopped_at: int | None = None
+    spent: float = 0.0
+
+    def at(self, frames: int) -> Point | None:
+        """The point at a frame count, or None."""
+        return next((p for p in self.points if p.frames == frames), None)
+
+    def stop(self, frames: int, why: str, sentence: str) -> None:
+        """End the curve before ``frames``."""
+        self.stopped_at, self.ended, self.stopped = frames, why, sentence
+
+
+@dataclass
+class Study:
+    """All curves; ``differences[n]`` is the largest relative difference of outputs within a group at ``n`` frames
+    (absent where no group had two that ran)."""
+
+    counts: list[int]
+    curves: list[Curve]
+    differences: dict[int, float] = field(default_factory=dict)
+    tokens_per_frame: int = 0
+    memory_method: str = ""
+    threads: int = 0
+
+    def curve(self, name: str) -> Curve:
+        """The curve of that name."""
+        return next(c for c in self.curves if c.name == name)
+
+    def ratio(self, of: str, to: str, frames: int) -> float | None:
+        """Median over the rounds of ``of``'s time / ``to``'s; None where one of them has no point."""
+        a, b = self.curve(of).at(frames), self.curve(to).at(frames)
+        if a is None or b is None:
+            return None
+        return statistics.median(x / y for x, y in zip(a.times, b.times, strict=False))
+
+
+class WorkerDied(RuntimeError):
+    """A worker ended before it answered."""
+
+
+class Worker:
+    """A fresh process with one contestant; see :mod:`.study_worker` for what it answers."""
+
+    def __init__(self, contestant: Contestant, settings: Settings, folder: Path):
+        self.name = contestant.name
+        self.limited = True  # whether the process itself keeps to the memory limit; its first answer says
+        file = folder / "".join(c for c in contestant.name if c.isalnum())
+        config = {
+            "setup": contestant.setup, "arguments": contestant.arguments, "threads": settings.threads,
+            "max_bytes": settings.max_bytes,
+        }  # fmt: skip
+        file.with_suffix(".json").write_text(json.dumps(config))
+        self._log = file.with_suffix(".log").open("w+")
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "gate4d.benchmarks.study_worker", str(file.with_suffix(".json"))],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log, text=True,
+            env={"OMP_WAIT_POLICY": "passive", **os.environ},
+        )  # fmt: skip
+
+    def answer(self) -> dict:
+        """The next message; raises WorkerDied with what the process left behind."""
+        line = self._process.stdout.readline()
+        if line:
+            return json.loads(line)
+        code = self._process.wait()
+        self._log.seek(0)
+        last = (self._log.read().strip().splitlines() or ["it said nothing"])[-1]
+        raise WorkerDied(f"killed by signal {-code}, most likely for lack of memory" if code < 0 else last)
+
+    def ask(self, **request) -> dict:
+        """Send a request and wait for its answer."""
+        with contextlib.suppress(BrokenPipeError):  # answer() says why
+            self._process.stdin.write(json.dumps(request) + "\n")
+            self._process.stdin.flush()
+        return self.answer()
+
+    def close(self) -> None:
+        """End the process."""
+        self._process.kill()
+        self._process.wait()
+        for stream in (self._process.stdin, self._process.stdout, self._log):
+            with contextlib.suppress(BrokenPipeError):
+                stream.close()
+
+
+def measure(
+    contestants: Sequence[Contestant],
+    counts: Sequence[int],
+    settings: Settings,
+    progress: Callable[[str], None] = lambda text: None,
+    verify: Callable[[int, Outputs], None] = lambda frames, outputs: None,
+) -> Study:
+    """Measure every contestant at every count.
+
+    ``progress`` is called with a description before each first run, ``len(counts) * len(contestants)`` times;
+    ``verify`` with the outputs at a count before it is timed further, and raises if they are wrong.
+
+    Raises:
+        RuntimeError: a contestant failed for another reason than memory or time, or gave numbers that are not finite.
+    """
+    curves = [Curve(c.name) for c in contestants]
+    study = Study(list(counts), curves)
+    with tempfile.TemporaryDirectory(prefix="gate4d-study-") as scratch:
+        folder = Path(scratch)
+        workers: list[Worker] = []
+        try:
+            for contestant in contestants:
+                workers.append(Worker(contestant, settings, folder))
+            for worker in workers:
+                try:
+                    ready = worker.answer()
+                except WorkerDied as e:
+                    raise RuntimeError(f"{worker.name} did not start: {e}") from None
+                worker.limited = ready["limited"]
+                study.memory_method, study.threads = ready["method"], ready["threads"]
+            for n in counts:
+                outputs: dict[str, np.ndarray] = {}
+                replies: dict[str, list[dict]] = {}
+                for worker, curve in zip(workers, curves, strict=True):
+                    progress(f"{n} frames, {curve.name}")
+                    left = _seconds_left(curve, curves, settings.budget)
+                    reply = _advance(worker, curve, n, settings, left, folder, outputs)
+                    if reply is not None:
+                        replies[curve.name] = [reply]
+                if outputs:
+                    study.tokens_per_frame = next(iter(outputs.values())).shape[1]
+                    verify(n, outputs)
+                    if (difference := _largest_difference(contestants, outputs)) is not None:
+                        study.differences[n] = difference
+                running = [(w, c) for w, c in zip(workers, curves, strict=True) if c.name in replies]
+                _rounds(running, n, replies, settings)
+        finally:
+            for worker in workers:
+                worker.close()
+    return study
+
+
+def _advance(
+    worker: Worker,
+    curve: Curve,
+    frames: int,
+    settings: Settings,
+    left: float,
+    folder: Path,
+    outputs: dict[str, np.ndarray],
+) -> dict | None:
+    """The first run at ``frames``, or note why the curve stops."""
+    if curve.stopped:
+        return None
+    seconds = extrapolate([(p.frames, p.seconds) for p in curve.points], frames)
+    if seconds > left:
+        expected = f"about {seconds:.0f} s expected, {max(left, 0):.0f} s of its budget left"
+        curve.stop(frames, "time", f"before {frames} frames: {expected}")
+        return None
+    peak = extrapolate([(p.frames, p.peak_bytes) for p in curve.points], frames)
+    limit = f"limit {settings.max_bytes / 2**30:.1f} GiB"
+    if not worker.limited and peak > settings.max_bytes:
+        curve.stop(frames, "memory", f"before {frames} frames: about {peak / 2**30:.1f} GiB expected, {limit}")
+        return None
+    save = folder / "out.npy"
+    try:
+        reply = worker.ask(frames=frames, save=str(save))
+    except WorkerDied as e:
+        if "memory" not in str(e):
+            raise RuntimeError(f"{curve.name} failed at {frames} frames: {e}") from None
+        curve.stop(frames, "memory", f"at {frames} frames: {e}")
+        return None
+    if "out_of_memory" in reply or reply["peak_bytes"] > settings.max_bytes:
+        curve.stop(frames, "memory", f"at {frames} frames: out of memory, {limit}")
+        curve.spent += reply.get("seconds", 0.0)
+        return None
+    curve.points.append(Point(frames, (reply["seconds"],), reply["peak_bytes"], (reply["latency"],), reply["wait"]))
+    curve.spent += reply["seconds"]
+    outputs[curve.name] = np.load(save)
+    if not np.isfinite(outputs[curve.name]).all():
+        raise RuntimeError(f"{curve.name} gave outputs that are not finite at {frames} frames.")
+    return reply
+
+
+def _rounds(
+    running: list[tuple[Worker, Curve]], frames: int, replies: dict[str, list[dict]], settings: Settings
+) -> None:
+    """More rounds at a count, in alternating order, while they are short; the first run then counts as warm-up.
+
+    Rounds in which a process had to wait for others are repeated, twice as many at most, and left out if any is quiet.
+    """
+    together = sum(replies[c.name][0]["seconds"] for _, c in running)
+    wanted = min(settings.max_rounds, int(settings.repeat_seconds * len(running) / max(together, 1e-9)))
+    rounds: list[dict[str, dict]] = []
+    while wanted and sum(map(_quiet, rounds)) < wanted and len(rounds) < 2 * wanted:
+        found = {}
+        for worker, curve in running if len(rounds) % 2 == 0 else reversed(running):
+            found[curve.name] = reply = worker.ask(frames=frames, save=None)
+            if "out_of_memory" in reply:  # it just fitted before: leave the point as it is
+                return
+            curve.spent += reply["seconds"]
+        rounds.append(found)
+    counted = [r for r in rounds if _quiet(r)] or rounds
+    for _, curve in running if counted else ():
+        own = [r[curve.name] for r in counted]
+        curve.points[-1] = Point(
+            frames,
+            tuple(r["seconds"] for r in own),
+            max(r["peak_bytes"] for r in [*own, *replies[curve.name]]),
+            tuple(r["latency"] for r in own),
+            max((r["wait"] for r in own if r["wait"] is not None), default=None),
+        )
+
+
+def _quiet(replies: Mapping[str, dict]) -> bool:
+    """Whether no contestant had to wait for other processes in this round, as far as the system tells."""
+    return all(r["wait"] is None or r["wait"] < QUIET for r in replies.values())
+
+
+def _seconds_left(curve: Curve, curves: Sequence[Curve], budget: float) -> float:
+    """What is left of the curve's equal share; a curve that stopped leaves the rest of its share to the others."""
+    running = sum(c.stopped is None for c in curves)
+    share = (budget - sum(c.spent for c in curves if c.stopped)) / max(1, running)
+    return share - curve.spent
+
+
+def _largest_difference(contestants: Sequence[Contestant], outputs: Outputs) -> float | None:
+    found = []
+    for group in {c.group for c in contestants}:
+        first, *others = [outputs[c.name] for c in contestants if c.group == group and c.name in outputs] or [None]
+        found += [relative_difference(o, first) for o in others]
+    return max(found, default=None)
+
+
+def relative_difference(a: np.ndarray, b: np.ndarray) -> float:
+    """Largest absolute difference over the largest absolute value of ``b``."""
+    return float(np.abs(a - b).max() / np.abs(b).max())
+
+
+def extrapolate(points: Sequence[tuple[int, float]], x: int) -> float:
+    """Value at ``x`` of the power law through the last two points, its exponent kept in [1, 2]; quadratic from one
+    point, 0 from none."""
+    if not points:
+        return 0.0
+    x1, y1 = points[-1]
+    exponent = 2.0
+    if len(points) > 1 and min(points[-2][1], y1) > 0:
+        x0, y0 = points[-2]
+        exponent = min(2.0, max(1.0, math.log(y1 / y0) / math.log(x1 / x0)))
+    return y1 * (x / x1) ** exponent
+
+
+def frame_counts(frames: int) -> list[int]:
+    """2, 4, 6, 8, 12, 16, 24, 32, ... up to ``frames``, which is the last."""
+    steps = [2, 4, 6] + [b for k in range(3, 20) for b in (2**k, 3 * 2 ** (k - 1))]
+    return [n for n in steps if n < frames] + [frames]
+
+
+def available_memory() -> int:
+    """Bytes that a process can still take here: the system's figure, or the container's limit if that is less."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        available = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
+    except (OSError, StopIteration):
+        try:
+            available = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+        except (ValueError, OSError):
+            return 4 << 30
+    group = Path("/sys/fs/cgroup")
+    try:
+        stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+        used = int((group / "memory.current").read_text()) - int(stat["inactive_file"])  # that cache can be dropped
+        limit = int((group / "memory.max").read_text())
+    except (OSError, ValueError, KeyError):  # no control group, or "max"
+        return available
+    return max(0, min(available, limit - used))
