@@ -55,6 +55,7 @@ def run(args: argparse.Namespace) -> int:
     from gate4d.data.clip import fitted_size
     from gate4d.demo import measure, reconstruction, report
     from gate4d.demo.stack import SPECIAL_TOKENS, frame_difference, pool_to_patches
+    from gate4d.models import TRAINED_PATCHES
 
     report.check_folder(args.out)
     model = _trained(args.weights)
@@ -71,7 +72,7 @@ def run(args: argparse.Namespace) -> int:
 
         outcomes = []
         if model is not None:
-            small = clip_of(model.aggregator.patch_size, reconstruction.MAX_PATCHES)
+            small = clip_of(model.aggregator.patch_size, TRAINED_PATCHES)
             bar.update(task, description="running the trained model")
             outcomes = reconstruction.reconstruct(model, small)
         clip = clip_of(patch, args.patches)

@@ -42,7 +42,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="output folder, new or empty")
     parser.add_argument("--max-frames", type=int, default=24, help="read at most so many frames (default 24)")
     parser.add_argument("--stride", type=int, default=1, help="take every n-th frame of CLIP (default 1)")
-    parser.add_argument("--patches", type=int, default=414, help="largest number of patches a frame (default 414)")
+    parser.add_argument(
+        "--patches", type=int, help="largest number of patches a frame (default 414; shipped models: as trained, 80)"
+    )
     parser.add_argument(
         "--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, cuda:1, ..."
     )
@@ -67,6 +69,7 @@ def run(args: argparse.Namespace) -> int:
     import gate4d
     from gate4d.methods.common import patch_size
     from gate4d.methods.outputs import collect
+    from gate4d.models import MODELS, TRAINED_PATCHES
 
     options = dict(map(_option, args.option))
     columns = [TextColumn("{task.description:<20}"), BarColumn(28), MofNCompleteColumn(), TimeElapsedColumn()]
@@ -76,6 +79,8 @@ def run(args: argparse.Namespace) -> int:
         model = load_model(args.model, args.device, trust=args.trust)
         with gate4d.patch(model, method=args.method, **options) as handle:  # refuses before the clip is read
             bar.update(task, description="reading the clip")
+            if args.patches is None:
+                args.patches = TRAINED_PATCHES if type(model).__name__ in MODELS.values() else 414
             clip = _clip(args, patch_size(model))
             images = clip.frames.permute(0, 3, 1, 2).float() / 255
             args.out.mkdir(exist_ok=True)  # whether it can be written to shows before the work is done
@@ -161,7 +166,7 @@ def _option(text: str) -> tuple[str, Any]:
 
 def _check(args: argparse.Namespace) -> None:
     for name, least in (("max_frames", 2), ("stride", 1), ("patches", 1)):
-        if getattr(args, name) < least:
+        if getattr(args, name) is not None and getattr(args, name) < least:
             raise ValueError(f"--{name.replace('_', '-')} must be at least {least}, got {getattr(args, name)}.")
     if args.out.exists() and (not args.out.is_dir() or any(args.out.iterdir())):
         raise FileExistsError(f"--out: {args.out} exists and is not an empty folder; give another name.")

@@ -18,7 +18,6 @@ from gate4d.evaluation import camera_errors, depth_errors, mask_iou, similarity
 from gate4d.evaluation.systems import early_masking
 from gate4d.models.geometry import decode_pose, invert
 
-MAX_PATCHES = 80  # of a frame: as many as the model was trained with
 _COLORS = {"truth": "#333333", "no gates": "#c0392b", "gates": "#1a6fb5", "stream": "#2e8b57"}
 ABOUT = {
     "no gates": "all frames at once",
