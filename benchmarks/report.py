@@ -7,6 +7,7 @@ import json
 import os
 import platform
 import sys
+from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
 
@@ -62,7 +63,12 @@ def to_json(about: dict, rows: list[Row]) -> str:
 
 
 def load(path: Path) -> dict:
-    """Read a results file.
+    """Read a results file of ``gate4d bench``; errors as :func:`read`."""
+    return read(path, "gate4d bench", SCHEMA, lambda result: bool({"rows", "backbones"} & set(result)))
+
+
+def read(path: Path, command: str, schema: int, fits: Callable[[dict], bool]) -> dict:
+    """Read a results file of a command, of which ``fits`` must be true.
 
     Raises:
         ValueError: it is not one, or one of another schema.
@@ -70,10 +76,9 @@ def load(path: Path) -> dict:
     try:
         result = json.loads(path.read_text())
     except (json.JSONDecodeError, UnicodeDecodeError) as e:
-        raise ValueError(f"{path} is not a results file of `gate4d bench --json`: {e}.") from None
-    known = isinstance(result, dict) and result.get("schema") == SCHEMA
-    if not known or not ({"rows", "backbones"} & set(result)):
-        raise ValueError(f"{path} is not a results file of `gate4d bench --json` with schema {SCHEMA}.")
+        raise ValueError(f"{path} is not a results file of `{command} --json`: {e}.") from None
+    if not isinstance(result, dict) or result.get("schema") != schema or not fits(result):
+        raise ValueError(f"{path} is not a results file of `{command} --json` with schema {schema}.")
     return result
 
 

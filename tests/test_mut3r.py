@@ -13,15 +13,6 @@ import gate4d
 from gate4d.methods.common import recurrent_views
 
 
-def build(dtype=torch.float32):
-    torch.manual_seed(0)
-    model = croco.Cut3rSteps().eval()
-    for p in model.parameters():
-        if p.dim() > 1:
-            p.data.mul_(1.5)
-    return model.to(dtype)
-
-
 def clip(frames=3, batch=2):
     return [torch.rand(batch, 3, 32, 48) for _ in range(frames)]
 
@@ -98,9 +89,9 @@ def materialised(model, images, directions, layers, strength, cue):
 )
 @torch.no_grad()
 def test_against_materialised_maps(directions, layers, strength, cue):
-    model, images = build(), clip()
+    model, images = croco.cut3r_steps(), clip()
     args = directions, layers, strength, cue
-    exact = materialised(build(torch.float64), [x.double() for x in images], *args)
+    exact = materialised(croco.cut3r_steps(torch.float64), [x.double() for x in images], *args)
     torch_says = materialised(model, images, *args)
     options = dict(zip(("directions", "layers", "strength", "cue"), args, strict=True))
     with gate4d.patch(model, method="mut3r", **options) as handle:
@@ -114,7 +105,7 @@ def test_against_materialised_maps(directions, layers, strength, cue):
 
 @torch.no_grad()
 def test_without_gates_it_is_the_model_and_undo_is_exact():
-    model, images = build(), clip()
+    model, images = croco.cut3r_steps(), clip()
     plain = model(views(images))
     with gate4d.patch(model):
         patched = model(views(images))
@@ -131,7 +122,7 @@ def test_without_gates_it_is_the_model_and_undo_is_exact():
 
 @torch.no_grad()
 def test_a_long_stream_holds_no_more_than_a_short_one():
-    model, held = build(), {}
+    model, held = croco.cut3r_steps(), {}
 
     earlier = {id(x): x for x in gc.get_objects()}  # kept, so that no id is given away again
     with gate4d.patch(model, method="mut3r") as handle:
@@ -146,7 +137,7 @@ def test_a_long_stream_holds_no_more_than_a_short_one():
 
 @torch.no_grad()
 def test_one_flat_frame_is_neither_static_nor_dynamic():
-    model = build()
+    model = croco.cut3r_steps()
     for p in model.dec_blocks[:].parameters():
         p.data.zero_()
     with gate4d.patch(model, method="mut3r") as handle:
@@ -158,7 +149,7 @@ def test_one_flat_frame_is_neither_static_nor_dynamic():
 def test_bad_input_is_named():
     with pytest.raises(ValueError, match="needs a model of the family cut3r"):
         gate4d.patch(vggt.Vggt(), method="mut3r")
-    model = build()
+    model = croco.cut3r_steps()
     for options, error, match in (
         ({"directions": "self"}, ValueError, "directions"),
         ({"directions": ("up",)}, ValueError, "directions"),

@@ -14,15 +14,6 @@ import gate4d
 from gate4d.methods.common import recurrent_views
 
 
-def build(dtype=torch.float32):
-    torch.manual_seed(0)
-    model = croco.Cut3rSteps().eval()
-    for p in model.parameters():
-        if p.dim() > 1:
-            p.data.mul_(1.5)
-    return model.to(dtype)
-
-
 def clip(frames=5, batch=2):
     return [torch.rand(batch, 3, 32, 48) for _ in range(frames)]
 
@@ -65,8 +56,8 @@ def materialised(model, images, reset_every=None):
 @pytest.mark.parametrize("reset_every", [None, 2])
 @torch.no_grad()
 def test_against_materialised_maps(reset_every):
-    model, images = build(), clip()
-    exact = materialised(build(torch.float64), [x.double() for x in images], reset_every)
+    model, images = croco.cut3r_steps(), clip()
+    exact = materialised(croco.cut3r_steps(torch.float64), [x.double() for x in images], reset_every)
     torch_says = materialised(model, images, reset_every)
     with gate4d.patch(model, method="ttt3r", reset_every=reset_every) as handle:
         result = handle.run(images)
@@ -82,7 +73,7 @@ def test_against_materialised_maps(reset_every):
 
 @torch.no_grad()
 def test_the_models_own_loop_follows_and_undo_is_exact():
-    model, images = build(), clip(3)
+    model, images = croco.cut3r_steps(), clip(3)
     views = list(recurrent_views(images, device=torch.device("cpu")))
     plain = model(views)
     with gate4d.patch(model, method="ttt3r") as handle:
@@ -102,7 +93,7 @@ def test_the_models_own_loop_follows_and_undo_is_exact():
 
 @torch.no_grad()
 def test_items_of_a_batch_are_independent():
-    model, images = build(), clip(3)
+    model, images = croco.cut3r_steps(), clip(3)
     with gate4d.patch(model, method="ttt3r") as handle:
         both = handle.run(images)
         one = handle.run([x[1:] for x in images])
@@ -112,7 +103,7 @@ def test_items_of_a_batch_are_independent():
 
 @torch.no_grad()
 def test_a_long_stream_holds_no_more_than_a_short_one():
-    model = build()
+    model = croco.cut3r_steps()
 
     earlier = {id(x): x for x in gc.get_objects()}  # kept, so that no id is given away again
     held = {}
@@ -128,7 +119,7 @@ def test_a_long_stream_holds_no_more_than_a_short_one():
 
 @torch.no_grad()
 def test_one_frame_is_plain_cut3r():
-    model, images = build(), clip(1)
+    model, images = croco.cut3r_steps(), clip(1)
     with gate4d.patch(model):
         (plain,) = model(list(recurrent_views(images, device=torch.device("cpu"))))
     with gate4d.patch(model, method="ttt3r") as handle:
@@ -146,7 +137,7 @@ def test_bad_input_is_named():
         gate4d.patch(croco.Ttt3r(), method="ttt3r")
     with pytest.raises(ValueError, match="_recurrent_rollout"):
         gate4d.patch(croco.Cut3r(), method="ttt3r")
-    model = build()
+    model = croco.cut3r_steps()
     for bad in (0, 2.5):
         with pytest.raises(ValueError, match="reset_every"):
             gate4d.patch(model, method="ttt3r", reset_every=bad)

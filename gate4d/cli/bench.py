@@ -11,6 +11,8 @@ import textwrap
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from .terminal import terminal
+
 _WIDTH = 80
 _COLUMNS = "{:<4}{:<37}{:>11}{:>7}{:>13}{:>8}"
 
@@ -273,14 +275,8 @@ def _memory_limit() -> Iterator[None]:
 @contextlib.contextmanager
 def _progress(total: int) -> Iterator[Callable[[int, str], None]]:
     """A progress bar on a terminal with rich; otherwise a line on stderr whenever a new target or variant begins."""
-    try:
-        from rich.console import Console
-        from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
-    except ImportError:
-        console = None
-    else:
-        console = Console(stderr=True)
-    if console is None or not console.is_terminal:
+    console = terminal()
+    if console is None:
         shown = set()
 
         def say(done: int, text: str) -> None:
@@ -291,6 +287,8 @@ def _progress(total: int) -> Iterator[Callable[[int, str], None]]:
 
         yield say
         return
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
     columns = (BarColumn(bar_width=20), TextColumn("{task.completed}/{task.total}"), TimeElapsedColumn())
     with Progress(*columns, TextColumn("{task.description}"), console=console, transient=True) as bar:
         task = bar.add_task("starting", total=total)

@@ -13,6 +13,8 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from .terminal import terminal
+
 _WIDTH = 80
 _HEAD = ("frames", "ATE", "RPE t", "RPE r", "AbsRel", "d<1.25", "IoU", "FPS")
 _COLUMNS = "{:<30}{:>7}{:>6}{:>6}{:>6}{:>7}{:>7}{:>5}{:>6}"
@@ -111,13 +113,9 @@ def load(path: Path) -> dict:
     Raises:
         ValueError: it is not one, or one of another schema.
     """
-    try:
-        result = json.loads(path.read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError) as e:
-        raise ValueError(f"{path} is not a results file of `gate4d eval --json`: {e}.") from None
-    if not isinstance(result, dict) or (result.get("schema"), result.get("kind")) != (SCHEMA, "gate4d eval"):
-        raise ValueError(f"{path} is not a results file of `gate4d eval --json` with schema {SCHEMA}.")
-    return result
+    from gate4d.benchmarks.report import read
+
+    return read(path, "gate4d eval", SCHEMA, lambda result: result.get("kind") == "gate4d eval")
 
 
 def cells(row: dict) -> list[str]:
@@ -231,16 +229,12 @@ def _check(args: argparse.Namespace) -> list[int]:
 @contextlib.contextmanager
 def _progress(total: int) -> Iterator[Callable[[str, int], None]]:
     """A bar on a terminal with rich, else a line on stderr for every row; called with (row or nothing, clips done)."""
-    try:
-        from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-    except ImportError:
-        console = None
-    else:
-        console = Console(stderr=True)
-    if console is None or not console.is_terminal:
+    console = terminal()
+    if console is None:
         yield lambda text, done: print(text, file=sys.stderr, flush=True) if text else None
         return
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
     columns = (BarColumn(bar_width=20), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
     with Progress(*columns, console=console, transient=True) as bar:
         task = bar.add_task("rendering the clips", total=total)

@@ -410,3 +410,13 @@ class Cut3rSteps(Cut3r):
             )
             outputs.append({**result, "state": state})
         return outputs
+
+
+def cut3r_steps(dtype=torch.float32):
+    """A seeded :class:`Cut3rSteps` whose matrices are enlarged, so that its attention is not nearly uniform."""
+    torch.manual_seed(0)
+    model = Cut3rSteps().eval()
+    for p in model.parameters():
+        if p.dim() > 1:
+            p.data.mul_(1.5)
+    return model.to(dtype)
