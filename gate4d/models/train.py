@@ -50,6 +50,8 @@ class Config:
         size: height and width of the clips in pixels.
         batch_frames: frames of a batch, which holds as many clips as fit.
         lengths: frames of a clip, drawn for every batch.
+        pace: between which the cameras' speeds lie, see :func:`gate4d.data.procedural.batches`; wider than the
+            evaluation set's.
         causal: share of the steps that are causal over frames.
         forcing: whether MoRe's attention forcing is part of the loss.
         lr, warmup, cooldown, weight_decay, clip: of AdamW; the gradient's norm is clipped.
@@ -66,6 +68,7 @@ class Config:
     size: tuple[int, int] = (64, 80)
     batch_frames: int = 16
     lengths: tuple[int, ...] = (4, 8, 12)
+    pace: tuple[float, float] = (0.1, 2.0)
     causal: float = 0.6
     forcing: bool = True
     lr: float = 1e-3
@@ -111,16 +114,18 @@ def clips(config: Config, step: int, cache: Path | None = None) -> tuple[procedu
     length = int(rng.choice(config.lengths))
     causal = bool(rng.random() < config.causal)
     count = max(1, config.batch_frames // length)
-    return rendered(count, length, config.size, config.seed, step, cache), causal
+    return rendered(count, length, config, config.seed, step, cache), causal
 
 
-def rendered(count: int, length: int, size: tuple[int, int], seed: int, step: int, cache: Path | None = None):
+def rendered(count: int, length: int, config: Config, seed: int, step: int, cache: Path | None = None):
     """A batch of clips; ``cache`` is a folder where trainings on the same clips share them (colours in 8 bits)."""
+    clips = procedural.batches(count, length, *config.size, seed=seed, start=step, pace=config.pace)
     if cache is None:
-        return next(procedural.batches(count, length, *size, seed=seed, start=step))
-    path = cache / f"{seed}-{step}-{count}x{length}x{size[0]}x{size[1]}.pt"
+        return next(clips)
+    sizes = "x".join(map(str, (count, length, *config.size)))
+    path = cache / f"{seed}-{step}-{sizes}-{config.pace[0]:g}-{config.pace[1]:g}.pt"
     if not path.exists():
-        batch = next(procedural.batches(count, length, *size, seed=seed, start=step))
+        batch = next(clips)
         atomically(path, lambda f: torch.save({**batch._asdict(), "images": (batch.images * 255).round().byte()}, f))
     stored = torch.load(path)
     return procedural.Batch(**{**stored, "images": stored["images"] / 255})
@@ -245,7 +250,7 @@ class Training:
         """
         state = torch.load(path or self.checkpoint, map_location=self.device, weights_only=True)
         free = ("steps", "cooldown", "forcing", "log_depth_after")
-        theirs = {**state["config"], "size": tuple(state["config"]["size"])}
+        theirs = {n: tuple(x) if isinstance(x, list) else x for n, x in state["config"].items()}
         for name, ours in asdict(self.config).items():
             if name not in free and theirs.get(name) != ours:
                 raise ValueError(f"{name} must be {theirs.get(name)!r} as in the checkpoint, got {ours!r}.")
@@ -343,7 +348,7 @@ class Training:
             inter = union = 0
             rotation, translation, depth = [], [], []
             for n in range(batches):
-                batch = rendered(3, 8, self.config.size, VALIDATION_SEED, n, self.cache)
+                batch = rendered(3, 8, self.config, VALIDATION_SEED, n, self.cache)
                 batch, targets = type(batch)(*(x.to(self.device) for x in batch)), targets_of(batch)
                 p = model(batch.images, causal=mode) if hasattr(model, "aggregator") else model(batch.images)
                 a, b = iou(p["motion"], batch.motion)
@@ -441,11 +446,12 @@ def curves(rows: list[dict[str, float]], path: Path) -> None:
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m gate4d.models.train", description=__doc__.splitlines()[0])
     for f in fields(Config):
-        if f.name in ("forcing", "bf16", "size", "lengths"):
+        if f.name in ("forcing", "bf16", "size", "lengths", "pace"):
             continue
         parser.add_argument(f"--{f.name.replace('_', '-')}", type=type(f.default), default=f.default)
     parser.add_argument("--size", type=int, nargs=2, default=Config.size, metavar=("HEIGHT", "WIDTH"))
     parser.add_argument("--lengths", type=int, nargs="+", default=Config.lengths, help="frames of a clip")
+    parser.add_argument("--pace", type=float, nargs=2, default=Config.pace, metavar=("SLOWEST", "FASTEST"))
     parser.add_argument("--no-forcing", dest="forcing", action="store_false", help="leave attention forcing out")
     parser.add_argument("--fp32", dest="bf16", action="store_false", help="no bf16 autocast")
     parser.add_argument("--out", type=Path, required=True, help="folder of checkpoint, log and curves")
@@ -460,7 +466,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--export", type=Path, help="write the averaged weights here at the end (16-bit safetensors)")
     args = parser.parse_args(argv)
     config = Config(**{f.name: getattr(args, f.name) for f in fields(Config)})
-    config = replace(config, size=tuple(config.size), lengths=tuple(config.lengths))
+    config = replace(config, size=tuple(config.size), lengths=tuple(config.lengths), pace=tuple(config.pace))
     if args.cache is not None:
         args.cache.mkdir(parents=True, exist_ok=True)
     training = Training(config, args.out, cache=args.cache, device=args.device)
