@@ -13,8 +13,11 @@ from pathlib import Path
 import pytest
 import torch
 from accuracy import assert_accurate, assert_accurate_gradient
+from standins import croco, others, vggt
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
+import gate4d
 from gate4d.nn import FrameKVCache, RoPE2D, SelfAttention, norm_rope
 from gate4d.nn.fused_rope import frequencies_of
 
@@ -189,34 +192,124 @@ def emulated(host, monkeypatch):
 
 @pytest.mark.parametrize("norm", [True, False])
 @pytest.mark.parametrize("rotate", [True, False])
-def test_attention_module_uses_the_kernel(norm, rotate, emulated, monkeypatch):
+@pytest.mark.parametrize("sizes", [[TOKENS] * 5, [TOKENS, 4, 4, TOKENS, 5, TOKENS, 4]], ids=["even", "ragged"])
+def test_attention_module_uses_the_kernel(norm, rotate, sizes, emulated, monkeypatch):
     """One call each for q and k, the latter into the cache's own memory; the same outputs as the torch path."""
     module = SelfAttention(32, 2, qk_norm=norm, rope=RoPE2D() if rotate else None)
     for p in module.parameters():
         torch.nn.init.normal_(p, std=0.3)
-    frames = torch.randn(5, 2, TOKENS, 32)
+    frames = [torch.randn(2, n, 32) for n in sizes]
     pos = torch.randint(0, 20, (2, TOKENS, 2))
+    inside = []  # of each call: the frame's memory, whether the kernel wrote there
 
     def run(fused: bool):
-        cache = FrameKVCache(window=2, anchors=1)
+        cache = FrameKVCache(window=2, anchors=1, ragged=len(set(sizes)) > 1, page_frames=2)
+        append = cache.append
+
+        def appended(k, v):
+            append(k, v)
+            inside.append(any(lies_in(c, page[0]) for c in emulated[-1:] for page in cache._pages))
+
+        monkeypatch.setattr(cache, "append", appended)
         with monkeypatch.context() as m:
             if not fused:
                 m.setattr("gate4d.nn.fused_rope._fused", lambda x, rope: False)
             with torch.no_grad():
-                outs = [module(x, pos, cache=cache) for x in frames]
+                outs = [module(x, pos[:, : x.shape[1]], cache=cache) for x in frames]
                 plain = module(frames[0], pos)
-        return torch.stack([*outs, plain]), cache
+        return [*outs, plain], cache
 
     want, other = run(fused=False)
     assert not emulated
     got, cache = run(fused=True)
     assert len(emulated) == 2 * len(frames) + 2
-    (k, v), (other_k, other_v) = *cache.pages(), *other.pages()
+    assert inside == [False] * len(frames) + [True] * len(frames)
     assert cache.frame_ids == other.frame_ids
-    assert sum(c.data_ptr() in range(k.data_ptr(), k.data_ptr() + 4 * k[0, 0].numel()) for c in emulated) == len(frames)
-    torch.testing.assert_close(k, other_k, rtol=1e-5, atol=1e-5)
-    assert torch.equal(v, other_v)
-    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+    for (k, v), (other_k, other_v) in zip(cache.pages(), other.pages(), strict=True):
+        torch.testing.assert_close(k, other_k, rtol=1e-5, atol=1e-5)
+        assert torch.equal(v, other_v)
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
+def lies_in(x: Tensor, memory: Tensor) -> bool:
+    return x.untyped_storage().data_ptr() == memory.untyped_storage().data_ptr()
+
+
+def views(m) -> list[dict[str, Tensor]]:
+    return [{"img": torch.rand(1, 3, 32, 48, dtype=next(m.parameters()).dtype)} for _ in range(2)]
+
+
+def clip(m, frames: int = 2) -> Tensor:
+    return torch.rand(1, frames, 3, 28, 42, dtype=next(m.parameters()).dtype)
+
+
+PATCHED = {
+    "dust3r": (croco.Dust3r, lambda m: m(*views(m))),
+    "cut3r": (croco.Cut3r, lambda m: m(views(m))),
+    "vggt": (vggt.Vggt, lambda m: m(clip(m))),
+    "vggt4d": (vggt.Vggt4d, lambda m: m(clip(m))),
+    "pi3": (others.Pi3, lambda m: m(clip(m))),
+    "streamvggt": (vggt.StreamVggt, lambda m: m.inference(list(clip(m, 4).transpose(0, 1)))),
+    "stream3r": (vggt.Stream3r, lambda m: [*map(vggt.Session(m, "causal").forward_stream, clip(m, 4).transpose(0, 1))]),
+}
+# Two a self-attention with norm or RoPE and a cross-attention with RoPE.
+CALLS = {"dust3r": 24, "cut3r": 32, "vggt": 8, "vggt4d": 8, "pi3": 12, "streamvggt": 32, "stream3r": 32}
+
+
+def run_patched(name, emulated, monkeypatch, *, dtype=torch.float32, autocast=False, observed=False):
+    """What the patched stand-in gives with the kernel and without, and the number of calls of the kernel."""
+    build, call = PATCHED[name]
+    model = build().eval().to(dtype)
+    results = []
+    for fused in (False, True):
+        emulated.clear()
+        with monkeypatch.context() as m, torch.no_grad(), gate4d.patch(model) as handle:
+            if not fused:
+                m.setattr("gate4d.nn.fused_rope._fused", lambda x, rope: False)
+            for row in handle.table.rows if observed else ():
+                getattr(row.module, row.adapter.attribute).observers.append(lambda q, k, scale: None)
+            emulated.clear()  # the trial runs'
+            torch.manual_seed(0)
+            with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+                results.append([x for x in tree_leaves(call(model)) if isinstance(x, Tensor)])
+    return *results, len(emulated)
+
+
+@pytest.mark.parametrize("name", PATCHED)
+def test_patched_models_use_the_kernel(name, emulated, monkeypatch):
+    """The same outputs; a stream's keys go straight into its caches, one for each of 2 layers."""
+    slots, slot = [], FrameKVCache.slot
+    monkeypatch.setattr(FrameKVCache, "slot", lambda c, k, v: slots.append(slot(c, k, v)) or slots[-1])
+    want, got, calls = run_patched(name, emulated, monkeypatch)
+    assert calls == CALLS[name]
+    written, slots = {x.data_ptr() for x in emulated}, slots[-8:]  # the trial runs' come first
+    assert len(slots) == (8 if name.startswith("stream") else 0)
+    assert all(k.data_ptr() in written for k, _ in slots)
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("name", "context", "serves"),
+    [
+        ("vggt", {"dtype": torch.bfloat16}, False),  # its RoPE rounds the angles
+        ("cut3r", {"dtype": torch.bfloat16}, True),  # its decoders rotate in fp32
+        ("vggt", {"autocast": True}, True),  # LayerNorm returns fp32
+        ("vggt4d", {"autocast": True}, False),  # which it hands out
+        ("pi3", {"autocast": True}, False),  # cast back before RoPE
+        ("vggt", {"autocast": True, "observed": True}, False),
+        ("vggt", {"observed": True}, True),
+    ],
+)
+def test_where_rounding_would_differ_the_kernel_is_not_used(name, context, serves, emulated, monkeypatch):
+    want, got, calls = run_patched(name, emulated, monkeypatch, **context)
+    assert (calls > 0) is serves
+    for a, b in zip(got, want, strict=True):
+        if serves:
+            assert (a - b).norm() <= 4 * torch.finfo(torch.bfloat16).eps * b.norm()
+        else:
+            assert torch.equal(a, b)
 
 
 @pytest.mark.parametrize("axis", [0, 1, 2])

@@ -17,12 +17,14 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ..nn.attention import AttentionControl, split_heads, split_qkv
+from ..nn.attention import AttentionControl, fused_heads, split_heads, split_qkv
 from ..nn.cache import FrameKVCache
+from ..nn.fused_rope import fuses
 from ..nn.rope import RoPE2D
 
 SELF_PARTS = ("qkv", "proj")
 CROSS_PARTS = ("projq", "projk", "projv", "proj")
+_IDENTITY = nn.Identity()
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
@@ -72,11 +74,14 @@ class PatchedAttention(AttentionControl):
     kind: ClassVar[str] = "self"
     attribute: ClassVar[str] = "forward"
     parameters: ClassVar[tuple[str, ...]]  # of the replaced method, without self
+    casts: ClassVar[bool] = False  # whether q and k are cast to the dtype of v between norm and RoPE
+    returns_qk: ClassVar[bool] = False  # whether q and k leave the attention in the dtype they have there
 
     def __init__(self, module: nn.Module, traits: Traits = Traits(), options: Options = Options()):
         super().__init__()
         self.module = module
         self.traits = traits
+        self.exact_rope = None if traits.rope is None else RoPE2D(traits.rope.base, traits.rope.scale)
         self.options = options
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -100,19 +105,47 @@ class PatchedAttention(AttentionControl):
 
     # The order of every family: projection, norm, (cast,) RoPE, attention, heads concatenated, proj, proj_drop.
 
-    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """``x [B, N, C]`` to q, k, v ``[B, H, N, D]`` after q/k-norm."""
-        module = self.module
-        q, k, v = split_qkv(module.qkv(x), module.num_heads)
-        if getattr(module, "q_norm", None) is not None:
-            q, k = module.q_norm(q), module.k_norm(k)
-        return q, k, v
+    def project(self, x: Tensor, pos: Tensor | None, cache: FrameKVCache | None = None):
+        """``x [B, N, C]`` to q, k, v ``[B, H, N, D]`` after q/k-norm and RoPE; ``cache`` as for :func:`fused_heads`."""
+        return self._turned(*split_qkv(self.module.qkv(x), self.module.num_heads), pos, pos, cache)
 
-    def project_cross(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """``[B, Nq, C]``, ``[B, Nk, C]``, ``[B, Nk, C]`` to q, k, v ``[B, H, N, D]``."""
+    def project_cross(self, query: Tensor, key: Tensor, value: Tensor, qpos: Tensor | None, kpos: Tensor | None):
+        """``[B, Nq, C]``, ``[B, Nk, C]``, ``[B, Nk, C]`` to q, k, v ``[B, H, N, D]`` after RoPE."""
         module, heads = self.module, self.module.num_heads
         q, k, v = module.projq(query), module.projk(key), module.projv(value)
-        return split_heads(q, heads), split_heads(k, heads), split_heads(v, heads)
+        return self._turned(*(split_heads(x, heads) for x in (q, k, v)), qpos, kpos)
+
+    def _turned(self, q, k, v, qpos, kpos, cache=None) -> tuple[Tensor, Tensor, Tensor]:
+        norms = tuple(getattr(self.module, name, None) for name in ("q_norm", "k_norm"))
+        norms = tuple(_IDENTITY if n is None else n for n in norms)
+        if self._fuses(q, k, norms, qpos, kpos):
+            positions = (None, None) if self.exact_rope is None else (qpos, kpos)
+            return fused_heads(q, k, v, norms, self.exact_rope, positions, cache if self.cache is None else None)
+        q, k = norms[0](q), norms[1](k)
+        if self.casts:
+            q, k = q.to(v.dtype), k.to(v.dtype)
+        return *self.rotate(q, k, qpos, kpos), v
+
+    def _fuses(self, q: Tensor, k: Tensor, norms, qpos: Tensor | None, kpos: Tensor | None) -> bool:
+        """Whether one kernel a side gives q and k as the module's own norm and RoPE do, or with fewer roundings.
+
+        Under autocast LayerNorm returns fp32, which attention rounds to 16 bits, as the kernel does at once: the same
+        unless something else reads q and k.
+        """
+        if not all(fuses(x, norm, None) for x, norm in zip((q, k), norms, strict=True)):
+            return False
+        normed = any(type(n) is nn.LayerNorm for n in norms)
+        widened = normed and q.dtype.itemsize == 2 and torch.is_autocast_enabled(q.device.type)
+        if widened and (self.returns_qk or self.observers or callable(self.gate) or callable(self.visible)):
+            return False
+        turned = [] if getattr(self.module, "rope", None) is None else [p for p in (qpos, kpos) if p is not None]
+        if not turned:
+            return normed
+        if self.traits.rope is None or any(p.is_floating_point() for p in turned):
+            return False
+        turned_in = self.traits.rotate_dtype or (torch.float32 if widened and not self.casts else q.dtype)
+        # A RoPE that computes in the dtype of its tokens is the exact one where they are fp32.
+        return turned_in == torch.float32 or (turned_in == q.dtype and self.traits.rope.exact)
 
     def rotate(self, q: Tensor, k: Tensor, qpos: Tensor | None, kpos: Tensor | None) -> tuple[Tensor, Tensor]:
         """RoPE in the dtype the module uses; positions None leave a side as it is."""

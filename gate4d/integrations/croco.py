@@ -25,13 +25,13 @@ class CrocoSelf(PatchedAttention):
 
     family = "croco"
     parameters = ("x", "xpos")
+    returns_qk = True
 
     def __call__(self, x: Tensor, xpos: Tensor | None) -> Tensor:
         return self.run(x, xpos)[0]
 
     def run(self, x: Tensor, xpos: Tensor | None, gate: MotionGate | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        q, k, v = self.project(x)
-        q, k = self.rotate(q, k, xpos, xpos)
+        q, k, v = self.project(x, xpos)
         return self.output(self.attend(q, k, v, scale=self.scale, gate=gate)), q, k
 
     @staticmethod
@@ -50,8 +50,7 @@ class CrocoCross(PatchedAttention):
         return self.run(query, key, value, qpos, kpos)[0]
 
     def run(self, query, key, value, qpos, kpos, gate: MotionGate | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        q, k, v = self.project_cross(query, key, value)
-        q, k = self.rotate(q, k, qpos, kpos)
+        q, k, v = self.project_cross(query, key, value, qpos, kpos)
         return self.output(self.attend(q, k, v, scale=self.scale, gate=gate)), q, k
 
     @staticmethod

@@ -68,8 +68,7 @@ class GenericSelf(PatchedAttention):
         if extra:
             raise ValueError(f"arguments {sorted(extra)} of a generic attention must be left at None: unknown meaning.")
         pos = next((bound[n] for n in _POSITIONS if n in bound), None)
-        q, k, v = self.project(x)
-        q, k = self.rotate(q, k, pos, pos)
+        q, k, v = self.project(x, pos)
         return self.output(self.attend(q, k, v, scale=self.scale))
 
     @staticmethod

@@ -117,10 +117,11 @@ class _Streaming(PatchedAttention):
             mask = visible
         return self.attend(q, k, v, scale=self.scale, visible=mask)
 
-    def streamed(self, q: Tensor, k: Tensor, v: Tensor, cache: StreamCache, pos: Tensor | None):
+    def streamed(self, x: Tensor, cache: StreamCache, pos: Tensor | None):
         self.check_grid(cache, pos)
+        q, k, v = self.project(x, pos, cache)
         out = self.attend(q, k, v, scale=self.scale, cache=cache)
-        return out, tuple(CachedTensor(cache, part, self.by_frame) for part in (0, 1))
+        return self.output(out), tuple(CachedTensor(cache, part, self.by_frame) for part in (0, 1))
 
     def check_grid(self, cache: StreamCache, pos: Tensor | None) -> None:
         """Frames of another grid but equal token count differ only in their positions."""
@@ -156,14 +157,11 @@ class StreamVggtSelf(_Streaming):
         past_key_values: tuple | None = None,
         use_cache: bool = False,
     ):
-        q, k, v = self.project(x)
-        q, k = self.rotate(q, k, pos, pos)
         if not use_cache:
-            return self.output(self.masked(q, k, v, attn_mask))
+            return self.output(self.masked(*self.project(x, pos), attn_mask))
         if attn_mask is not None:
             raise ValueError("attn_mask must be None with use_cache=True: the cache holds past frames only.")
-        out, state = self.streamed(q, k, v, self.resume(past_key_values, pos), pos)
-        return self.output(out), state
+        return self.streamed(x, self.resume(past_key_values, pos), pos)
 
     @classmethod
     def windowed(cls, module: nn.Module) -> bool:
@@ -225,14 +223,12 @@ class Stream3rSelf(_Streaming):
         attn_mask: Tensor | Visibility | None = None,
         kv_cache: list | None = None,
     ):
-        q, k, v = self.project(x)
-        q, k = self.rotate(q, k, pos, pos)
         if kv_cache is None:
-            return self.output(self.masked(q, k, v, attn_mask))
+            return self.output(self.masked(*self.project(x, pos), attn_mask))
         if attn_mask is not None:
             raise ValueError("attn_mask must be None with kv_cache: the cache holds past frames only.")
-        out, state = self.streamed(q, k, v, self.resume(kv_cache, x.shape[1]), pos)
-        return self.output(out), list(state)
+        out, state = self.streamed(x, self.resume(kv_cache, x.shape[1]), pos)
+        return out, list(state)
 
     def resume(self, past: list, tokens: int) -> StreamCache:
         k, v = past

@@ -18,8 +18,7 @@ class VggtSelf(PatchedAttention):
     parameters = ("x", "pos")
 
     def __call__(self, x: Tensor, pos: Tensor | None = None) -> Tensor:
-        q, k, v = self.project(x)
-        q, k = self.rotate(q, k, pos, pos)
+        q, k, v = self.project(x, pos)
         return self.output(self.attend(q, k, v, scale=self.scale))
 
     @staticmethod
@@ -36,7 +35,7 @@ class DinoSelf(PatchedAttention):
     def __call__(self, x: Tensor, attn_bias: None = None, pos: None = None) -> Tensor:
         if attn_bias is not None or pos is not None:
             raise ValueError("attn_bias and pos must be None: upstream serves nested tensors only through xFormers.")
-        q, k, v = self.project(x)
+        q, k, v = self.project(x, None)
         return self.output(self.attend(q, k, v, scale=self.scale))
 
     @staticmethod
@@ -58,6 +57,7 @@ class Vggt4dSelf(PatchedAttention):
 
     family = "vggt4d"
     parameters = ("x", "pos", "is_frame_attn", "layer_id", "dyn_masks")
+    returns_qk = True
     masked_layers = range(5)
     special_tokens = 5
 
@@ -69,8 +69,7 @@ class Vggt4dSelf(PatchedAttention):
         layer_id: int = 0,
         dyn_masks: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        q, k, v = self.project(x)
-        q, k = self.rotate(q, k, pos, pos)
+        q, k, v = self.project(x, pos)
         gate = None
         if dyn_masks is not None and layer_id in self.masked_layers:
             gate = self.drop(dyn_masks, is_frame_attn, x)
@@ -106,10 +105,10 @@ class Pi3Self(PatchedAttention):
 
     family = "pi3"
     parameters = ("x", "attn_bias", "xpos")
+    casts = True
 
     def __call__(self, x: Tensor, attn_bias: Tensor | None = None, xpos: Tensor | None = None) -> Tensor:
-        q, k, v = self.project(x)
-        q, k = self.rotate(q.to(v.dtype), k.to(v.dtype), xpos, xpos)
+        q, k, v = self.project(x, xpos)
         return self.output(self.attend(q, k, v, scale=self.scale))
 
     @staticmethod

@@ -114,6 +114,27 @@ def split_heads(x: Tensor, heads: int) -> Tensor:
     return x.unflatten(2, (heads, -1)).transpose(1, 2)
 
 
+def fused_heads(
+    q: Tensor,  # [B, H, Nq, D]
+    k: Tensor,  # [B, H, Nk, D]
+    v: Tensor,  # [B, H, Nk, Dv]
+    norms: tuple[nn.Module, nn.Module],
+    rope: RoPE2D | None,
+    positions: tuple[Tensor | None, Tensor | None],
+    cache: FrameKVCache | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """q and k after norm and RoPE by one kernel each, where it :func:`fuses`, and v.
+
+    Without gradients and where the cache stores this dtype, keys and values are written into its next slot, and what is
+    returned for them is that memory: ``cache.append`` then copies nothing.
+    """
+    q = apply_fused(q, norms[0], rope, positions[0])
+    if cache is None or cache.frozen or torch.is_grad_enabled() or cache.stores(v.dtype) != k.dtype:
+        return q, apply_fused(k, norms[1], rope, positions[1]), v
+    slot_k, slot_v = cache.slot(k, v)
+    return q, apply_fused(k, norms[1], rope, positions[1], out=slot_k), slot_v.copy_(v)
+
+
 class _Attention(nn.Module):
     def __init__(self, dim: int, num_heads: int, rope: nn.Module | None):
         super().__init__()
@@ -169,14 +190,7 @@ class SelfAttention(_Attention):
         q, k, v = split_qkv(self.qkv(x), self.num_heads)
         pos = None if self.rope is None else pos
         if fuses(q, self.q_norm, self.rope) and fuses(k, self.k_norm, self.rope):
-            q = apply_fused(q, self.q_norm, self.rope, pos)
-            direct = cache is not None and not (cache.frozen or torch.is_grad_enabled())
-            if direct and cache.stores(v.dtype) == k.dtype:
-                slot_k, slot_v = cache.slot(k, v)
-                k = apply_fused(k, self.k_norm, self.rope, pos, out=slot_k)
-                v = slot_v.copy_(v)
-            else:
-                k = apply_fused(k, self.k_norm, self.rope, pos)
+            q, k, v = fused_heads(q, k, v, (self.q_norm, self.k_norm), self.rope, (pos, pos), cache)
         else:
             q, k = self.q_norm(q), self.k_norm(k)
             if pos is not None:

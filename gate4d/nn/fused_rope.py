@@ -117,9 +117,10 @@ def _fused(x: Tensor, rope: RoPE2D | None) -> bool:
 
 def fuses(x: Tensor, norm: nn.Module, rope: nn.Module | None) -> bool:
     """Whether one kernel computes ``rope(norm(x))`` for tokens ``[B, H, N, D]``: a LayerNorm over D or no norm, RoPE-2D
-    or no rotation, on CUDA with the extension compiled."""
+    or no rotation, on CUDA with the extension compiled. A norm with hooks is left to run them."""
     plain_norm = type(norm) is nn.Identity or (type(norm) is nn.LayerNorm and norm.normalized_shape == x.shape[3:])
-    return plain_norm and (rope is None or type(rope) is RoPE2D) and _fused(x, rope)
+    hooked = norm._forward_hooks or norm._forward_pre_hooks or norm._backward_hooks or norm._backward_pre_hooks
+    return plain_norm and not hooked and (rope is None or type(rope) is RoPE2D) and _fused(x, rope)
 
 
 def apply_fused(
