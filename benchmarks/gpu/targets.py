@@ -215,7 +215,7 @@ def _received(s: Setup, tokens: int):
 
 def plan(s: Setup = FULL) -> list[Work]:
     """All measurements, the most wanted first."""
-    from . import pipelines
+    from . import hopper, pipelines
 
     sizes = (16384, 32768, 65536, 131072)
     frames = max(2, 64 // s.unit)
@@ -231,4 +231,5 @@ def plan(s: Setup = FULL) -> list[Work]:
         Work("G6 frame-causal, 64 frames", 0.56, partial(_forward, s, 0, "none", frames=frames), 40),
         Work("G7 attention received / forward", 0.6, partial(_received, s, 32768)),
         *pipelines.plan(s),
+        *hopper.plan(s),
     ]
