@@ -347,7 +347,8 @@ class AlternatingModel(nn.Module):
 
         Args:
             frames: images ``[3, H, W]`` or ``[B, 3, H, W]`` in [0, 1], or a clip ``[B, T, 3, H, W]``.
-            window: frames kept, the current one included; None keeps all.
+            window: frames kept, the current one included; None keeps all. ``depth + 1`` vectors of every frame are
+                kept whatever the window, for :meth:`Stream.camera_pass` gives a pose for each.
             anchors: leading frames kept beside the window.
         """
         return Stream(self, frames, window, anchors)
