@@ -146,10 +146,9 @@ class RecurrentModel(nn.Module):
         """
         if isinstance(frames, Tensor):
             check_clip(frames, self.patch_size)
-            found = list(self._clip(frames))
-        else:
-            device = self.pose_token.device
-            found = [prediction for prediction, _ in recurrent_steps(self, recurrent_views(frames, device=device))]
+            return self._clip(frames)
+        views = recurrent_views(frames, device=self.pose_token.device)
+        found = [prediction for prediction, _ in recurrent_steps(self, views)]
         return {name: torch.cat([f[name] for f in found], dim=1) for name in found[0]}
 
     def stream(self, frames: Iterable[Any]) -> Iterable[dict[str, Tensor]]:
@@ -160,22 +159,23 @@ class RecurrentModel(nn.Module):
             for prediction, _ in recurrent_steps(self, recurrent_views(clip, device=self.pose_token.device)):
                 yield prediction
 
-    def _clip(self, images: Tensor) -> Iterable[dict[str, Tensor]]:
+    def _clip(self, images: Tensor) -> dict[str, Tensor]:
         """The same as the steps below, with all frames in one call where they do not depend on each other."""
         batch, frames = images.shape[:2]
         tokens, pos, maps = self._encode(images.flatten(0, 1))
         moved, turned, *changes = self.matching(images, None, True)
-        turned = turned.view(batch, frames, 1, -1)
+        turned = turned.view(batch, frames, 1, -1).unbind(1)
         feats = self._pack(tokens + moved, maps, changes).unflatten(0, (batch, frames))
         (init, state_pos), mem = self._initial_state(batch), self.pose_retriever.mem.expand(batch, -1, -1)
-        state, plain = init, self.decoder_embed(tokens.unflatten(0, (batch, frames))).mean(2, keepdim=True)
-        pos = pos[:1].expand(batch, -1, -1)
-        for t in range(frames):
-            pose = self.pose_retriever.inquire(plain[:, t], mem) if t else self.pose_token.expand(batch, -1, -1)
-            pose, pose_pos = pose + turned[:, t], torch.full_like(pos[:, :1], -1)
-            state, dec = self._recurrent_rollout(state, state_pos, feats[:, t], pos, pose, pose_pos, init)
-            mem = self.pose_retriever.update_mem(mem, plain[:, t], dec[-1][:, :1])
-            yield self._predict(dec, feats[:, t], images.shape[-2:])
+        plain = self.decoder_embed(tokens.unflatten(0, (batch, frames))).mean(2, keepdim=True).unbind(1)
+        state, layers, pos = init, [], pos[:1].expand(batch, -1, -1)
+        for t, feat in enumerate(feats.unbind(1)):
+            pose = self.pose_retriever.inquire(plain[t], mem) if t else self.pose_token.expand(batch, -1, -1)
+            pose, pose_pos = pose + turned[t], torch.full_like(pos[:, :1], -1)
+            state, dec = self._recurrent_rollout(state, state_pos, feat, pos, pose, pose_pos, init)
+            mem = self.pose_retriever.update_mem(mem, plain[t], dec[-1][:, :1])
+            layers.append(torch.cat((dec[0], dec[-1]), dim=-1))
+        return self._predict(torch.stack(layers, dim=1), feats, images.shape[-2:])
 
     # ---- the steps of CUT3R's loops ------------------------------------------------------------------------------
 
@@ -239,7 +239,8 @@ class RecurrentModel(nn.Module):
         update, reset = (view["img_mask"] & view["update"])[:, None, None], view["reset"][:, None, None]
         state = torch.where(reset, init_state_feat, torch.where(update, new, state_feat))
         new_mem = torch.where(reset, init_mem, torch.where(update, torch.cat((told, kept), dim=1), mem))
-        return self._predict(dec, feat, (height, width)), (state, new_mem)
+        layers = torch.cat((dec[0], dec[-1]), dim=-1)
+        return self._predict(layers[:, None], feat[:, None], (height, width)), (state, new_mem)
 
     # ---- parts ---------------------------------------------------------------------------------------------------
 
@@ -282,10 +283,10 @@ class RecurrentModel(nn.Module):
         parts = folded.split([times * w * s * s for w, s in zip(self.widths, (4, 2), strict=True)], dim=-1)
         return [F.pixel_shuffle(p.mT.unflatten(2, (rows, -1)), s) for p, s in zip(parts, (4, 2), strict=True)]
 
-    def _predict(self, dec: list[Tensor], feat: Tensor, size: tuple[int, int]) -> dict[str, Tensor]:
-        half, quarter = self._maps(feat[..., self.dim :], size[0] // self.patch_size, 2)
-        tokens = torch.cat((dec[0], dec[-1]), dim=-1)[:, None]
-        features = Features(tokens, dec[-1][:, :1], None, half, quarter)
+    def _predict(self, tokens: Tensor, feat: Tensor, size: tuple[int, int]) -> dict[str, Tensor]:
+        """From the first and last layer's ``tokens [B, T, 1 + P, 2C]`` and the features ``[B, T, P, ...]``."""
+        half, quarter = self._maps(feat[..., self.dim :].flatten(0, 1), size[0] // self.patch_size, 2)
+        features = Features(tokens, tokens[:, :, 0, self.dim :], None, half, quarter)
         depth, confidence = self.depth_head(features, 1).unbind(2)
         return {
             "pose_enc": self.camera_head(features.cameras),
