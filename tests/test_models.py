@@ -254,11 +254,28 @@ def test_patch_flow_measures_sub_pixel_motion():
         v, u = (y - 15.5 - dy) / zoom, (x - 19.5 - dx) / zoom
         return torch.stack([torch.sin(0.5 * u + c) + torch.cos(0.45 * v - 0.3 * u) for c in range(3)])[None] / 4
 
-    cells, mean = patch_flow(image(0, 0), image(0.2, -0.1))
+    cells = patch_flow(image(0, 0), image(0.2, -0.1))
     assert (cells[:, :2] - torch.tensor([0.2, -0.1])[:, None, None]).abs().max() < 0.06
-    assert (mean / 4 - torch.tensor([0.2, -0.1, 0, 0])).abs().max() < 0.03
-    grown = patch_flow(image(0, 0), image(0, 0, 1.01))[1] / 4
-    assert grown[0, 2] > 5 * grown[0, [0, 1, 3]].abs().max()
+    torch.testing.assert_close(cells[:, 3:5], cells[:, :2] * cells[:, 2:3])
+    shifted, grown = (x[0, 5:].mean((1, 2)) for x in (cells, patch_flow(image(0, 0), image(0, 0, 1.01))))
+    assert grown[[0, 3]].min() > 0.01  # flow y times y, x times x: the image grows about its middle
+    assert grown[[1, 2]].abs().max() < 0.2 * grown[[0, 3]].min()
+    assert shifted.abs().max() < 0.005
+
+
+def test_chained_steps_are_products_of_motions():
+    torch.manual_seed(2)
+    steps = torch.randn(2, 5, 9, dtype=torch.float64)
+    matrices = geo.decode_pose(steps, 8, 8)[0]
+    world, expected = torch.eye(4, dtype=torch.float64).expand(2, 4, 4), []
+    for t in range(5):
+        world = matrices[:, t] @ world if t else world
+        expected.append(world)
+    whole = geo.chained(steps)
+    torch.testing.assert_close(geo.decode_pose(whole, 8, 8)[0], torch.stack(expected, 1))
+    assert torch.equal(whole[..., 7:], steps[..., 7:])
+    parts = torch.cat((whole[:, :3], geo.chained(steps[:, 3:], whole[:, 2])), dim=1)
+    torch.testing.assert_close(parts, whole)
 
 
 def test_bad_images_are_named(model):
