@@ -132,7 +132,7 @@ def _against_triton(s: Setup, tokens: int, dim: int, kind: str, frames: int):
 
 def plan(s: Setup) -> list[Work]:
     """On a GPU of compute capability 9.0: by hand and Triton side by side; 0.95 or less makes it a backend."""
-    if s.device != "cuda":
+    if s.device != "cuda" or (torch.cuda.is_available() and torch.cuda.get_device_capability() != (9, 0)):
         return []
     cases = [(16384, 64, "pairwise", 0), (32768, 64, "none", 0), (16384, 128, "pairwise", 0), (0, 64, "pairwise", 32)]
     return [
