@@ -70,6 +70,7 @@ struct Block {
   std::map<uint32_t, Barrier> barriers;
   std::vector<std::function<void()>> copies;
   std::array<std::vector<Product>, 3> products;  // by warpgroup
+  std::array<size_t, 3> wanted{};                // of them, awaited
   std::array<std::deque<Meeting>, 3 * 96> meetings;
   std::vector<std::unique_ptr<Fiber>> fibers;
   ucontext_t scheduler;
@@ -214,11 +215,9 @@ void products_wait() {
   if (f.groups.size() <= Pending) return;
   auto& all = block->products[block->current / 128];
   const size_t end = f.groups[f.groups.size() - 1 - Pending];
-  for (;;) {
-    run_products(all, end);
-    if (all[end - 1].done) return;
-    yield();
-  }
+  size_t& wanted = block->wanted[block->current / 128];
+  wanted = max(wanted, end);
+  while (!all[end - 1].done) yield();
 }
 template <int N>
 void pin(float (&)[N]) {}
@@ -258,6 +257,27 @@ static void enter() {
   swapcontext(&self().context, &block->scheduler);
 }
 
+// One of the things in flight: products that are awaited before copies, or any.
+static bool happen(Block& b) {
+  std::vector<int> groups;
+  for (int g = 0; g < 3; ++g) {
+    const auto& all = b.products[g];
+    const auto next = std::find_if(all.begin(), all.end(), [](const Product& p) { return !p.done; });
+    if (next - all.begin() < (ptrdiff_t)b.wanted[g] && next->threads == 128) groups.push_back(g);
+  }
+  const size_t all = groups.size() + b.copies.size();
+  if (all == 0) return false;
+  const size_t i = b.mode > LATE ? b.random() % all : 0;
+  if (i < groups.size()) {
+    run_products(b.products[groups[i]], b.wanted[groups[i]]);
+  } else {
+    const auto write = b.copies[i - groups.size()];
+    b.copies.erase(b.copies.begin() + (i - groups.size()));
+    write();
+  }
+  return true;
+}
+
 // Whether all threads came to their end, with nothing left in flight.
 static bool run(int mode, std::function<void(int, uint32_t)> body) {
   Block b;
@@ -286,14 +306,7 @@ static bool run(int mode, std::function<void(int, uint32_t)> body) {
     }
     if (all) return b.copies.empty();
     const bool stuck = b.progress == before;
-    if (!b.copies.empty() && (stuck || (mode > LATE && b.random() % 3 == 0))) {
-      const size_t i = mode > LATE ? b.random() % b.copies.size() : 0;
-      const auto write = b.copies[i];
-      b.copies.erase(b.copies.begin() + i);
-      write();
-    } else if (stuck) {
-      return false;
-    }
+    if ((stuck || (mode > LATE && b.random() % 3 == 0)) && !happen(b) && stuck) return false;
   }
 }
 
