@@ -19,6 +19,7 @@ _COLUMNS = "{:<4}{:<37}{:>11}{:>7}{:>13}{:>8}"
 
 WHAT = {
     "targets": "every performance target beside its peers (default)",
+    "systems": "what each of the five systems adds to its plain backbone (S1 to S6)",
     "sequences": "whole backbones over growing frame counts: speed, latency, memory, pictures, predictions",
     "peers": "one operation at one model's shape, every implementation that can run, and why the others cannot",
     "suite": "pytest-benchmark levels operation, module, system; ratios compared with the stored baseline",
@@ -28,10 +29,7 @@ WHAT = {
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of ``gate4d bench``."""
     parser.add_argument("what", nargs="?", default="targets", metavar="WHAT", help=_listed(WHAT))
-    parser.add_argument(
-        "--systems", action="store_true", help="targets: the five systems' extra work instead (S1 to S6)"
-    )
-    parser.add_argument("--only", metavar="A,B", help="these targets, backbones or (as in pytest -k) suite cases")
+    parser.add_argument("--only", metavar="A,B", help="these targets, backbones or suite cases (as in pytest -k)")
     parser.add_argument("--quick", action="store_true", help="fewer heads, repetitions and frame counts")
     parser.add_argument("--threads", type=int, metavar="N", help="torch threads (default: every usable core)")
     parser.add_argument("--backend", default="auto", help="implementation of gate4d to measure (default: auto)")
@@ -65,7 +63,8 @@ def run(args: argparse.Namespace) -> int:
         return _show(args)
     if args.json is not None and not args.json.absolute().parent.is_dir():
         raise ValueError(f"--json must be in an existing folder, got {str(args.json)!r}.")
-    return {"targets": _targets, "sequences": _sequences, "peers": _peers, "suite": _suite}[args.what](args)
+    commands = {"sequences": _sequences, "peers": _peers, "suite": _suite}
+    return commands.get(args.what, _targets)(args)
 
 
 def _show(args: argparse.Namespace) -> int:
@@ -166,7 +165,8 @@ def _suite(args: argparse.Namespace) -> int:
 def _targets(args: argparse.Namespace) -> int:
     from gate4d.benchmarks import report, rows
 
-    targets = {name: t for name, t in rows.load_targets().items() if name.startswith("S") == args.systems}
+    systems = args.what == "systems"
+    targets = {name: t for name, t in rows.load_targets().items() if name.startswith("S") == systems}
     if args.only == "list":
         print("\n".join(f"{t.id:<4}{t.what}" for t in targets.values()))
         return 0
