@@ -279,7 +279,7 @@ def _advance(
         curve.stop(frames, "time", f"before {frames} frames: {expected}")
         return None
     peak = extrapolate([(p.frames, p.peak_bytes) for p in curve.points], frames)
-    limit = f"limit {settings.max_bytes / 2**30:.1f} GiB"
+    limit = f"limit {settings.max_bytes / 2**30:.3g} GiB"
     if not worker.limited and peak > settings.max_bytes:
         curve.stop(frames, "memory", f"before {frames} frames: about {peak / 2**30:.1f} GiB expected, {limit}")
         return None

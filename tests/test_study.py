@@ -105,7 +105,7 @@ def test_one_runs_out_of_memory_and_the_others_go_on(importable):
     hungry, stream = result.curves
     assert [p.frames for p in hungry.points] == [2, 4]
     assert (hungry.ended, hungry.stopped_at) == ("memory", 16)
-    assert hungry.stopped == "at 16 frames: out of memory, limit 0.2 GiB"
+    assert hungry.stopped == "at 16 frames: out of memory, limit 0.195 GiB"
     assert [p.frames for p in stream.points] == [2, 4, 16]
     assert stream.stopped is None
     assert 80 * 0.98 <= hungry.points[0].peak_bytes / resident.MIB <= 83
@@ -167,9 +167,9 @@ def test_stopping_is_said(tmp_path):
     assert "about 4 s expected, 1 s" in late.stopped
     assert late.ended == "time"
     foreseen = advance(tmp_path, {}, limited=False, max_bytes=3 * 2**30)[0]  # where the system sets no limit
-    assert "about 4.0 GiB expected, limit 3.0 GiB" in foreseen.stopped
+    assert "about 4.0 GiB expected, limit 3 GiB" in foreseen.stopped
     said = advance(tmp_path, {"out_of_memory": "can't allocate memory"}, max_bytes=3 * 2**30)[0]
-    assert said.stopped == "at 4 frames: out of memory, limit 3.0 GiB"
+    assert said.stopped == "at 4 frames: out of memory, limit 3 GiB"
     killed = study.WorkerDied("killed by signal 9, most likely for lack of memory")
     assert advance(tmp_path, killed)[0].stopped == f"at 4 frames: {killed}"
     with pytest.raises(RuntimeError, match="maps failed at 4 frames: ValueError: no"):
@@ -209,13 +209,20 @@ def test_pictures_name_every_contestant_and_every_end(tmp_path):
         Curve("maps", [Point(2, (3.0,), 2**33)], "at 40 frames: out of memory", "memory", 40),
         Curve("SDPA + mask", [Point(2, (2.9,), 2**30)], "before 40 frames: about 9 s expected", "time", 40),
         Curve("gate4d", [Point(2, (2.0,), 2**20), Point(40, (10.0,), 2**21)]),
+        Curve("FlexAttention", [], "at 2 frames: out of memory", "memory", 2),
     ]
     drawn = Study([2, 40], curves, {2: 1e-7}, 261, "measured", 2)
     plots.draw(tmp_path / "curves", drawn, "title", counted={"gate4d": [(2, 2**20), (40, 2**21)]})
     assert np.asarray(Image.open(tmp_path / "curves.png").convert("L")).std() > 5
     text = (tmp_path / "curves.svg").read_text()
-    for said in (*(c.name for c in curves), "out of memory", "time budget", "counted from shapes", "title"):
-        assert f"<!-- {said} -->" in text
+    names = ("gate4d", "maps", "SDPA + mask", "FlexAttention")
+    ends = ("out of memory at 40 frames", "time budget before 40 frames", "out of memory at 2 frames")
+    for said in (*names, *(f"\N{MULTIPLICATION SIGN} {end}" for end in ends), "counted from shapes", "title"):
+        assert f"{said} -->" in text
+    assert "memory limit" not in text
     plots.draw(tmp_path / "again", drawn, "title", counted={"gate4d": [(2, 2**20), (40, 2**21)]})
     assert (tmp_path / "again.svg").read_text() == text
+    plots.draw(tmp_path / "none", Study([2, 40], [curves[-1]]), "nobody fitted", limit=2**20)
+    plots.draw(tmp_path / "limited", drawn, "title", limit=2**30)
+    assert "memory limit" in (tmp_path / "limited.svg").read_text()
     assert json.loads(json.dumps(curves[2].points[1].as_dict()))["fps"] == 4.0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import json
 import os
 import sys
@@ -38,6 +39,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--markdown", type=Path, metavar="FILE", help="measure nothing: show a results file")
     parser.add_argument("--into", type=Path, metavar="DOC", help="with --markdown: replace the marked part of DOC")
+    parser.add_argument(
+        "--memory", type=float, metavar="GIB", help="sequences: what a process may grow by (default: 2)"
+    )
     parser.add_argument("--operation", default="gated", help="peers: which operation (default: gated)")
     parser.add_argument("--shape", help="peers: a shape of the registry (default: the operation's own)")
     parser.add_argument("--frames", type=int, help="peers: frames (default: the operation's own)")
@@ -98,6 +102,10 @@ def _sequences(args: argparse.Namespace) -> int:
     chosen = _choose(args.only, list(sequences.SEQUENCES))
     plots.pyplot()  # a missing matplotlib is said before anything is measured
     effort = sequences.QUICK if args.quick else sequences.FULL
+    if args.memory is not None:
+        if not args.memory > 0:
+            raise ValueError(f"--memory must be more than 0 (GiB a process), got {args.memory:g}.")
+        effort = dataclasses.replace(effort, max_bytes=int(args.memory * 2**30))
     results = Path("benchmarks/results")
     file = args.json or (results if results.is_dir() else Path()) / "sequences-latest.json"
     threads = _threads(args.threads)
