@@ -304,7 +304,10 @@ def test_registry_sizes():
     assert SHAPES["streamvggt.cached"].sizes(20) == (1, 1041, 20820)
     assert SHAPES["cut3r.state_image"].sizes(9) == (1, 768, 577)
     assert SHAPES["vggt.global"].layout(3).patches_per_frame == 1036
-    assert all(name == shape.name and shape.source for name, shape in SHAPES.items())
+    assert SHAPES["vggt_omega.camera_head"].sizes(10) == (1, 170, 170)
+    for name, shape in SHAPES.items():
+        assert name == shape.name
+        assert re.match(r"[\w-]+/[\w-]+: [\w/]+\.py\b", shape.source), shape.source
 
 
 def test_the_document_shows_the_committed_results():
