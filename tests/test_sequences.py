@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from gate4d.benchmarks import (
+    agreement,
     backbones,
     baseline,
     memory_model,
@@ -163,6 +164,20 @@ def test_tables_markdown_and_pictures(found, tmp_path, monkeypatch):
     names = sequences.draw(tmp_path, "s", {"recurrent": found}, "subtitle", 2 << 30)
     assert names == ["s-recurrent"]
     assert "out of memory at 8 frames" in (tmp_path / "s-recurrent.svg").read_text()
+
+
+def test_two_runs_of_sequences_are_compared(found):
+    _, data = found
+    before = {"backbones": {"recurrent": data}, **ABOUT, "effort": "quick", "threads": 1}
+    now = json.loads(json.dumps(before))
+    assert agreement.compare(now, before)[1]
+    now["backbones"]["recurrent"]["time_ratios"]["SDPA"]["8"] *= 1.2
+    now["threads"] = 2
+    lines, agree = agreement.compare(now, before)
+    assert not agree
+    assert "note: the number of threads differs: 2 and 1" in lines
+    assert any(line.startswith("recurrent, gate4d / SDPA, 8 frames") and line.endswith("20.0%") for line in lines)
+    assert lines[-1].startswith("5 ratios, 1 apart by more than 10%")
 
 
 def test_a_backbone_that_fails_is_reported_and_the_run_goes_on(found, monkeypatch, tmp_path, capsys):

@@ -180,20 +180,27 @@ def test_stopping_is_said(tmp_path):
 
 def test_short_counts_are_repeated_and_the_first_run_is_warm_up():
     slow, fast = Curve("a", [Point(2, (9.0,), 7)]), Curve("b", [Point(2, (0.1,), 7)])
-    waiting = FakeWorker({**REPLY, "seconds": 0.4, "wait": 0.01})
-    running = [(waiting, slow), (FakeWorker({**REPLY, "seconds": 0.2}), fast)]
-    first = {"a": [{**REPLY, "seconds": 0.6, "peak_bytes": 9}], "b": [{**REPLY, "seconds": 0.4}]}
-    study._rounds(running, 2, first, Settings(repeat_seconds=1.5))
-    assert slow.points[0] == Point(2, (0.4,) * 3, 9, (0.5,) * 3, 0.01)
-    assert fast.points[0].times == (0.2,) * 3
+    waiting = FakeWorker({**REPLY, "seconds": 0.5, "wait": 0.01})
+    running = [(waiting, slow), (FakeWorker({**REPLY, "seconds": 0.25}), fast)]
+    first = {"a": [{**REPLY, "seconds": 2.0, "peak_bytes": 9}], "b": [{**REPLY, "seconds": 0.4}]}
+    study._rounds(running, 2, first, Settings(repeat_seconds=1.5), 60.0)  # a slow first run does not lower the number
+    assert slow.points[0] == Point(2, (0.5,) * 4, 9, (0.5,) * 4, 0.01)
+    assert fast.points[0].times == (0.25,) * 4
     assert Study([2], [slow, fast]).ratio("a", "b", 2) == 2.0
     waiting.reply["wait"] = 0.5  # twice as many rounds, and none of them quiet: all count
-    study._rounds(running, 2, first, Settings(repeat_seconds=1.5))
-    assert slow.points[0].runs == 6
+    study._rounds(running, 2, first, Settings(repeat_seconds=1.5), 60.0)
+    assert slow.points[0].runs == 8
     assert slow.points[0].wait == 0.5
+
+
+@pytest.mark.parametrize(("left", "times"), [(60.0, (9.0, 8.0, 8.0)), (12.0, (9.0, 8.0)), (5.0, (9.0,))])
+def test_long_counts_are_repeated_as_the_budget_allows_and_the_first_run_counts(left, times):
     long = Curve("a", [Point(2, (9.0,), 7)])
-    study._rounds([(running[0][0], long)], 2, {"a": [{**REPLY, "seconds": 9.0}]}, Settings(repeat_seconds=1.5))
-    assert long.points[0].times == (9.0,)
+    running, first = [(FakeWorker({**REPLY, "seconds": 8.0}), long)], {"a": [{**REPLY, "seconds": 9.0}]}
+    study._rounds(running, 2, first, Settings(repeat_seconds=1.5), left)
+    assert long.points[0].times == (9.0,)  # nothing asks for more
+    study._rounds(running, 2, first, Settings(repeat_seconds=1.5, min_rounds=2), left)
+    assert long.points[0].times == times
 
 
 def test_a_killed_process_is_noticed(tmp_path, importable):

@@ -39,6 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--markdown", type=Path, metavar="FILE", help="measure nothing: show a results file")
     parser.add_argument("--into", type=Path, metavar="DOC", help="with --markdown: replace the marked part of DOC")
+    parser.add_argument("--against", type=Path, metavar="FILE", help="how far ratios are from those of a results file")
     parser.add_argument(
         "--memory", type=float, metavar="GIB", help="sequences: what a process may grow by (default: 2)"
     )
@@ -48,7 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"), help="peers: dtype")
     parser.add_argument("--list", action="store_true", help="peers: measure nothing, list operations, shapes, peers")
     parser.add_argument("--baseline", type=Path, metavar="FILE", help="suite: stored ratios (default: the committed)")
-    parser.add_argument("--tolerance", type=float, help="suite: allowed growth of a ratio (default: 0.15)")
+    parser.add_argument("--tolerance", type=float, help="of ratios (default: suite 0.15, --against 0.10)")
     parser.add_argument("--save", type=Path, metavar="FILE", help="suite: store this run's ratios as a baseline")
 
 
@@ -57,12 +58,20 @@ def _listed(what: dict[str, str]) -> str:
 
 
 def run(args: argparse.Namespace) -> int:
-    """0 if everything was measured (a missed target is a result), 1 if a row failed or a ratio regressed, 130 if
-    interrupted."""
+    """0 if everything was measured (a missed target is a result), 1 if a row failed, a ratio regressed or ratios are
+    apart, 130 if interrupted."""
     if args.what not in WHAT:
         raise ValueError(f"WHAT must be one of {', '.join(WHAT)}, got {args.what!r}.")
     if args.into is not None and args.markdown is None:
         raise ValueError("--into needs --markdown FILE, the results to show.")
+    if args.tolerance is not None and not args.tolerance >= 0:
+        raise ValueError(f"--tolerance must be 0 or more (0.15 allows 15 %), got {args.tolerance:g}.")
+    if args.against is not None:
+        from gate4d.benchmarks import report
+
+        if args.what in ("peers", "suite"):
+            raise ValueError(f"--against is for targets, systems and sequences, got {args.what!r} (suite: --baseline).")
+        report.load(args.against)  # a bad file is said before anything is measured
     if args.markdown is not None:
         return _show(args)
     if args.json is not None and not args.json.absolute().parent.is_dir():
@@ -75,12 +84,26 @@ def _show(args: argparse.Namespace) -> int:
     from gate4d.benchmarks import report
 
     result = report.load(args.markdown)
+    if args.against is not None:
+        return 0 if _agrees(args, result) else 1
     text = report.markdown(result)
     if args.into is None:
         print(text, end="")
     else:
         report.write_into(args.into, text, report.KINDS[report.kind(result)])
     return 0
+
+
+def _agrees(args: argparse.Namespace, result: dict) -> bool:
+    """Print how far ``result`` is from the file of ``--against``; True without one."""
+    from gate4d.benchmarks import agreement, report
+
+    if args.against is None:
+        return True
+    tolerance = agreement.TOLERANCE if args.tolerance is None else args.tolerance
+    lines, agree = agreement.compare(result, report.load(args.against), tolerance)
+    print("\n" + "\n".join(lines))
+    return agree
 
 
 def _surroundings(args: argparse.Namespace, effort, threads: int) -> dict:
@@ -94,7 +117,7 @@ def _surroundings(args: argparse.Namespace, effort, threads: int) -> dict:
 
 
 def _sequences(args: argparse.Namespace) -> int:
-    from gate4d.benchmarks import plots, sequences
+    from gate4d.benchmarks import plots, report, sequences
 
     if args.only == "list":
         print("\n".join(f"{s.name:<13}{s.stands_for}" for s in sequences.SEQUENCES.values()))
@@ -119,7 +142,7 @@ def _sequences(args: argparse.Namespace) -> int:
     for line in lines:
         print("\n".join(textwrap.wrap(line, _WIDTH, subsequent_indent="    ")) if len(line) > _WIDTH else line)
     print(f"written to {file} and pictures (.png, .svg) beside it")
-    return 0 if complete else 1
+    return 0 if complete and _agrees(args, report.load(file)) else 1
 
 
 def _peers(args: argparse.Namespace) -> int:
@@ -149,8 +172,6 @@ def _suite(args: argparse.Namespace) -> int:
     from gate4d.benchmarks import baseline, rows
 
     tolerance = baseline.TOLERANCE if args.tolerance is None else args.tolerance
-    if not tolerance >= 0:
-        raise ValueError(f"--tolerance must be 0 or more (0.15 allows 15 %), got {tolerance:g}.")
     file = args.baseline or (baseline.STORED if baseline.STORED.exists() else None)
     stored = None if file is None else baseline.load(file)
     if args.save is not None and not args.save.absolute().parent.is_dir():
@@ -202,7 +223,8 @@ def _targets(args: argparse.Namespace) -> int:
     if interrupted:
         print("interrupted: the table ends where the run did", file=sys.stderr)
         return 130
-    return int(any(row.error is not None for row in measured))
+    failed = any(row.error is not None for row in measured)
+    return 0 if not failed and _agrees(args, result) else 1
 
 
 def table(result: dict) -> list[str]:
