@@ -288,7 +288,7 @@ def test_demo_command_on_a_folder(tmp_path, weights, capsys):
         (["--budget", "0"], "--budget must be positive"),
         (["--max-gib", "-2"], "--max-gib must be positive"),
         (["--weights", "nowhere.safetensors"], "name_or_path must be"),
-        (["--weights", "corrupt.mp4"], "corrupt.mp4 is no safetensors file"),
+        (["--weights", "corrupt.mp4"], "corrupt.mp4 is no intact safetensors file"),
         (["--out", "no/where"], "--out: the folder no does not exist"),
         (["--out", "broken"], "--out: broken holds files that no demo wrote"),
     ],

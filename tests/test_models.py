@@ -1,9 +1,9 @@
 """The models' structure, their three ways to run, the camera pass, geometry, and files of weights."""
 
 import json
-import struct
 
 import pytest
+import safetensors.torch
 import torch
 
 import gate4d
@@ -254,11 +254,28 @@ def test_patch_flow_measures_sub_pixel_motion():
         v, u = (y - 15.5 - dy) / zoom, (x - 19.5 - dx) / zoom
         return torch.stack([torch.sin(0.5 * u + c) + torch.cos(0.45 * v - 0.3 * u) for c in range(3)])[None] / 4
 
-    cells, mean = patch_flow(image(0, 0), image(0.2, -0.1))
+    cells = patch_flow(image(0, 0), image(0.2, -0.1))
     assert (cells[:, :2] - torch.tensor([0.2, -0.1])[:, None, None]).abs().max() < 0.06
-    assert (mean / 4 - torch.tensor([0.2, -0.1, 0, 0])).abs().max() < 0.03
-    grown = patch_flow(image(0, 0), image(0, 0, 1.01))[1] / 4
-    assert grown[0, 2] > 5 * grown[0, [0, 1, 3]].abs().max()
+    torch.testing.assert_close(cells[:, 3:5], cells[:, :2] * cells[:, 2:3])
+    shifted, grown = (x[0, 5:].mean((1, 2)) for x in (cells, patch_flow(image(0, 0), image(0, 0, 1.01))))
+    assert grown[[0, 3]].min() > 0.01  # flow y times y, x times x: the image grows about its middle
+    assert grown[[1, 2]].abs().max() < 0.2 * grown[[0, 3]].min()
+    assert shifted.abs().max() < 0.005
+
+
+def test_chained_steps_are_products_of_motions():
+    torch.manual_seed(2)
+    steps = torch.randn(2, 5, 9, dtype=torch.float64)
+    matrices = geo.decode_pose(steps, 8, 8)[0]
+    world, expected = torch.eye(4, dtype=torch.float64).expand(2, 4, 4), []
+    for t in range(5):
+        world = matrices[:, t] @ world if t else world
+        expected.append(world)
+    whole = geo.chained(steps)
+    torch.testing.assert_close(geo.decode_pose(whole, 8, 8)[0], torch.stack(expected, 1))
+    assert torch.equal(whole[..., 7:], steps[..., 7:])
+    parts = torch.cat((whole[:, :3], geo.chained(steps[:, 3:], whole[:, 2])), dim=1)
+    torch.testing.assert_close(parts, whole)
 
 
 def test_bad_images_are_named(model):
@@ -285,26 +302,23 @@ def test_weights_round_trip(model, saved):
     assert not loaded.training
 
 
-def test_the_format_is_that_of_safetensors(model, saved):
-    data = saved.read_bytes()
-    (size,) = struct.unpack("<Q", data[:8])
-    header = json.loads(data[8 : 8 + size])
-    ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
-    assert max(ends) == len(data) - 8 - size
-    assert size % 8 == 0
-    assert set(read_safetensors(saved)[0]) == set(model.state_dict())
+def test_files_hold_16_bits(model, saved):
+    stored = safetensors.torch.load_file(saved)
+    assert set(stored) == set(model.state_dict())
+    assert {x.dtype for x in stored.values()} == {torch.bfloat16}
+    assert set(read_safetensors(saved)[0]) == set(stored)
 
 
 def test_corrupt_and_foreign_weights_are_named(saved, tmp_path):
     data = saved.read_bytes()
     broken = tmp_path / "broken.safetensors"
     for content, match in (
-        (data[:-10], "cut short"),
-        (b"\x00", "no safetensors file"),
-        (b"PK" + data, "no safetensors file"),
-        (data.replace(b'"BF16"', b'"XF16"'), "corrupt"),
+        (data[:-10], "no intact safetensors file: .*incomplete"),
+        (b"\x00", "no intact safetensors file: .*header too small"),
+        (b"PK" + data, "no intact safetensors file: .*header too large"),
+        (data.replace(b'"BF16"', b'"XF16"'), "no intact safetensors file: .*XF16"),
         (data.replace(b'\\"dim\\": 16', b'\\"dim\\": 32'), r"does not fit the model 'alternating': .*wanted \["),
-        (data.replace(b'"model": "alternating"', b'"model": "alternative"'), "must name a model"),
+        (data.replace(b'"model":"alternating"', b'"model":"alternative"'), "must name a model"),
         (data[:-2] + b"\xff\x7f", "not finite"),
     ):
         assert content != data

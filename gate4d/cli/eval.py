@@ -31,7 +31,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--alternating", metavar="WEIGHTS", default="alternating", help="name or file (default: shipped)"
     )
-    parser.add_argument("--unforced", metavar="WEIGHTS", help="the same trained without attention forcing: a file")
+    parser.add_argument("--unforced", metavar="WEIGHTS", help="trained without attention forcing: a file")
+    parser.add_argument("--forced", metavar="WEIGHTS", help="trained as --unforced is, but with forcing: a file")
     parser.add_argument("--recurrent", metavar="WEIGHTS", default="recurrent", help="name or file (default: shipped)")
     parser.add_argument("--clips", type=int, default=32, help="clips of the rows over one clip at once (default 32)")
     parser.add_argument("--frames", type=int, default=16, help="frames of these clips (default 16)")
@@ -77,7 +78,7 @@ def run(args: argparse.Namespace) -> int:
     models, missing, about = _models(args, {s.weights for s in rows})
     began, results = time.perf_counter(), []
     clips = {}  # rendered when the first row needs them
-    sizes = dict.fromkeys(("", "alternating", "unforced"), (args.clips, [args.frames]))
+    sizes = dict.fromkeys(("", "alternating", "forced", "unforced"), (args.clips, [args.frames]))
     sizes["recurrent"] = args.long_clips, lengths
     work = sum(sizes[s.weights][0] for s in rows if s.weights in models)
     with _progress(work) as step:
@@ -174,7 +175,8 @@ def markdown(result: dict) -> str:
 
 def _unequal(weights: dict) -> str:
     """Says so if the two trainings that are to differ in one thing differ in another."""
-    steps = [weights.get(kind, {}).get("step") for kind in ("alternating", "unforced")]
+    forced = "forced" if "forced" in weights else "alternating"
+    steps = [weights.get(kind, {}).get("step") for kind in (forced, "unforced")]
     if None in steps or steps[0] == steps[1]:
         return ""
     return f"Forced and unforced weights are of {steps[0]} and {steps[1]} steps: their rows cannot be compared."
@@ -186,7 +188,8 @@ def _models(args: argparse.Namespace, needed: set[str]) -> tuple[dict, dict[str,
     from gate4d.models import metadata
 
     models, missing, about = {"": None}, {}, {}
-    for kind in ("alternating", "unforced", "recurrent"):
+    families = dict.fromkeys(("alternating", "forced", "unforced"), "aggregator") | {"recurrent": "dec_blocks_state"}
+    for kind in families:
         if kind not in needed:
             continue
         source = getattr(args, kind)
@@ -203,7 +206,7 @@ def _models(args: argparse.Namespace, needed: set[str]) -> tuple[dict, dict[str,
         said = metadata(source)
         text = ", ".join(f"{n} {said[n]}" for n in ("step", "seed", "command") if n in said)
         about[kind] = {"step": said.get("step"), "text": text or "nothing noted"}
-    for kind, family in (("alternating", "aggregator"), ("unforced", "aggregator"), ("recurrent", "dec_blocks_state")):
+    for kind, family in families.items():
         if kind in models and not hasattr(models[kind], family):
             raise ValueError(f"--{kind}: {getattr(args, kind)} holds {type(models[kind]).__name__}, another model.")
     return models, missing, about

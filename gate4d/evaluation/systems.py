@@ -48,7 +48,8 @@ class System:
     Attributes:
         group: heading above it.
         name: what it is.
-        weights: which weights it needs: ``"alternating"``, ``"unforced"``, ``"recurrent"`` or, none, ``""``.
+        weights: which weights it needs: ``"alternating"``, ``"recurrent"``, ``"forced"`` and ``"unforced"`` (two
+            trainings that differ in attention forcing alone) or, none, ``""``.
         run: model in eval mode and a batch of one clip to a :class:`Prediction`.
         causal: whether the first frames of a clip come out as they would alone.
         note: for the reader of the table.
@@ -168,8 +169,11 @@ def systems() -> list[System]:
         System(clip, "full attention", "alternating", _full),
         System(clip, "MoRe, frame-causal", "alternating", _causal, True),
         System(clip, "MoRe + camera pass", "alternating", partial(_causal, camera_pass=True)),
-        System(clip, "full, no attention forcing", "unforced", _full),
-        System(clip, "MoRe, no attention forcing", "unforced", _causal, True),
+        System(clip, "full, forced", "forced", _full),
+        System(clip, "full, no forcing", "unforced", _full),
+        System(clip, "MoRe, forced", "forced", _causal, True),
+        System(clip, "MoRe, no forcing", "unforced", _causal, True),
+        System(clip, "MoRe + camera pass, forced", "forced", partial(_causal, camera_pass=True)),
         System(clip, "MoRe + camera pass, no forcing", "unforced", partial(_causal, camera_pass=True)),
         System(clip, "MoRe, token-causal", "alternating", _token_causal, True, frozen),
         System(clip, "VGGT4D saliency, one pass", "alternating", partial(_vggt4d, second=False), note=frozen),

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from ..nn import FrameKVCache, RoPE2D, SelfAttention
 from ..nn.attention import AttentionControl, split_qkv
 from ..visibility import TokenLayout, Visibility
+from .geometry import chained
 from .matching import Matching, remember
 
 REGISTERS = 4
@@ -155,7 +156,7 @@ class Aggregator(nn.Module):
         batch, frames = images.shape[:2]
         patches, half, quarter = self.patch_embed(images.flatten(0, 1))
         before = None if past is None else past.images
-        moved, turned, *found = self.matching(images, before, causal)
+        moved, *found = self.matching(images, before, causal)
         rows, columns = (n // self.patch_size for n in images.shape[-2:])
         special = torch.cat((self.camera_token, self.register_token), dim=2)  # [1, 2, 5, C]
         kind = torch.ones(frames, dtype=torch.long, device=images.device)
@@ -164,7 +165,6 @@ class Aggregator(nn.Module):
         if past is not None:
             past.images = remember(before, images)
         special = special[:, kind].expand(batch, -1, -1, -1)
-        special = torch.cat((special[:, :, :1] + turned.view(batch, frames, 1, -1), special[:, :, 1:]), dim=2)
         x = torch.cat((special, (patches + moved).unflatten(0, (batch, frames))), dim=2)
         y, z = (torch.arange(n, device=images.device) + 1 for n in (rows, columns))
         pos = F.pad(torch.cartesian_prod(y, z), (0, 0, self.patch_start_idx, 0))[None]
@@ -234,12 +234,13 @@ class Past:
         self.caches = [FrameKVCache(window, anchors=anchors) for _ in range(depth)]
         self.trunk = [FrameKVCache(window, anchors=anchors) for _ in range(trunk)]
         self.images: Tensor | None = None  # see remember()
+        self.pose: Tensor | None = None  # of the last frame, as encoded
         self.cameras: list[Tensor] = []  # camera tokens as embedded
         self.steps: list[list[Tensor]] = [[] for _ in range(depth)]  # what each frame block added to the camera token
 
 
 class CameraHead(nn.Module):
-    """Attention over the frames' camera tokens, then a pose encoding for each."""
+    """Attention over the frames' camera tokens, then each frame's motion since the one before, added up to its pose."""
 
     def __init__(self, dim: int, heads: int, depth: int):
         super().__init__()
@@ -248,8 +249,14 @@ class CameraHead(nn.Module):
         self.trunk = nn.ModuleList(Block(dim, heads, qk_norm=False) for _ in range(depth))
         self.pose = nn.Sequential(nn.Linear(dim, dim), nn.GELU(), nn.Linear(dim, 9))
 
-    def forward(self, tokens: Tensor, causal: bool = False, caches: list[FrameKVCache] | None = None) -> Tensor:
-        """Camera tokens ``[B, T, C]`` to ``[B, T, 9]``."""
+    def forward(
+        self,
+        tokens: Tensor,
+        causal: bool = False,
+        caches: list[FrameKVCache] | None = None,
+        before: Tensor | None = None,
+    ) -> Tensor:
+        """Camera tokens ``[B, T, C]`` to ``[B, T, 9]``; ``before [B, 9]`` is the pose of the frame before them."""
         x = self.token_norm(tokens)
         visible = Visibility.frame_causal(TokenLayout(x.shape[1], 1)) if causal else None
         for i, block in enumerate(self.trunk):
@@ -258,10 +265,11 @@ class CameraHead(nn.Module):
             else:
                 x = block(x) if visible is None else block.select(x, None, visible=visible)
         raw = widened(self.pose(self.trunk_norm(x)))
-        # Cameras move by hundredths of a clip's unit: at full scale the optimiser's steps alone would be larger.
+        # From frame to frame a camera moves by hundredths of a clip's unit: at full scale the optimiser's steps alone
+        # would be larger.
         move, turn, field = raw.split((3, 4, 2), dim=-1)
-        quaternion = F.normalize(0.05 * turn + raw.new_tensor((0.0, 0.0, 0.0, 1.0)), dim=-1)
-        return torch.cat((0.05 * move, quaternion, torch.pi * torch.sigmoid(field - 0.5)), dim=-1)
+        quaternion = F.normalize(0.02 * turn + raw.new_tensor((0.0, 0.0, 0.0, 1.0)), dim=-1)
+        return chained(torch.cat((0.02 * move, quaternion, torch.pi * torch.sigmoid(field - 0.5)), dim=-1), before)
 
 
 class DenseHead(nn.Module):
@@ -347,7 +355,8 @@ class AlternatingModel(nn.Module):
 
         Args:
             frames: images ``[3, H, W]`` or ``[B, 3, H, W]`` in [0, 1], or a clip ``[B, T, 3, H, W]``.
-            window: frames kept, the current one included; None keeps all.
+            window: frames kept, the current one included; None keeps all. ``depth + 1`` vectors of every frame are
+                kept whatever the window, for :meth:`Stream.camera_pass` gives a pose for each.
             anchors: leading frames kept beside the window.
         """
         return Stream(self, frames, window, anchors)
@@ -392,7 +401,8 @@ class Stream(Iterator[dict[str, Tensor]]):
         check_clip(images, self.model.aggregator.patch_size)
         features = self.model.aggregator(images, past=self.past)
         out = self.model._dense(features, images)
-        out["pose_enc"] = self.model.camera_head(features.cameras, caches=self.past.trunk)
+        out["pose_enc"] = self.model.camera_head(features.cameras, caches=self.past.trunk, before=self.past.pose)
+        self.past.pose = out["pose_enc"][:, -1]
         self.seen += 1
         return out
 

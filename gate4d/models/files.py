@@ -1,20 +1,17 @@
-"""Weights in files: safetensors, written and read without the package of that name."""
+"""Weights in safetensors files."""
 
 from __future__ import annotations
 
 import importlib
 import json
-import struct
 from collections.abc import Mapping
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 FOLDER = Path(__file__).parent / "weights"
 MODELS = {"alternating": "AlternatingModel", "recurrent": "RecurrentModel"}
-_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
 class WeightsError(ValueError):
@@ -41,6 +38,7 @@ def load(name_or_path: str | Path, device: torch.device | str = "cpu") -> nn.Mod
 
     Raises:
         FileNotFoundError: there is no such file, or no weights are shipped under this name.
+        ImportError: the package safetensors is missing; names the extra.
         WeightsError: the file is corrupt, or its tensors are not those of the model it names; says what was wanted.
     """
     path = FOLDER / f"{name_or_path}.safetensors" if str(name_or_path) in MODELS else Path(name_or_path)
@@ -65,60 +63,40 @@ def load(name_or_path: str | Path, device: torch.device | str = "cpu") -> nn.Mod
 def metadata(name_or_path: str | Path) -> dict[str, str]:
     """What a file of weights says about its training; see :func:`load`."""
     path = FOLDER / f"{name_or_path}.safetensors" if str(name_or_path) in MODELS else Path(name_or_path)
-    return _header(path, path.read_bytes())[1]
+    return read_safetensors(path)[1]
 
 
 def save_weights(
     model: nn.Module, path: str | Path, about: Mapping[str, str], dtype: torch.dtype = torch.bfloat16
 ) -> None:
     """Write a model's state_dict in 16 bits as safetensors; ``about`` becomes the file's metadata."""
-    header, parts, offset = {"__metadata__": dict(about)}, [], 0
-    code = {d: c for c, d in _DTYPES.items()}[dtype]
-    for name, x in model.state_dict().items():
-        data = x.detach().to("cpu", dtype).contiguous().view(torch.int16)
-        data = data.numpy().tobytes()
-        header[name] = {"dtype": code, "shape": list(x.shape), "data_offsets": [offset, offset + len(data)]}
-        parts.append(data)
-        offset += len(data)
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    Path(path).write_bytes(struct.pack("<Q", len(text)) + text + b"".join(parts))
+    tensors = {name: x.detach().to("cpu", dtype).contiguous() for name, x in model.state_dict().items()}
+    _safetensors().torch.save_file(tensors, path, metadata=dict(about))
 
 
 def read_safetensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Tensors in fp32 and metadata.
 
     Raises:
-        WeightsError: the file is cut short, or is no safetensors file of floating-point tensors.
+        ImportError: the package safetensors is missing; names the extra.
+        WeightsError: the file is cut short, or is no safetensors file of finite numbers.
     """
-    path = Path(path)
-    data = path.read_bytes()
-    header, about, start = _header(path, data)
-    tensors = {}
-    for name, entry in header.items():
-        try:
-            dtype, shape, (begin, end) = _DTYPES[entry["dtype"]], entry["shape"], entry["data_offsets"]
-            part = data[start + begin : start + end]
-            if len(part) != end - begin:
-                raise WeightsError(
-                    f"{path.name} is cut short: {name} wants bytes up to {start + end}, got {len(data)}."
-                )
-            raw = torch.from_numpy(np.frombuffer(part, np.uint8).copy()).view(dtype)
-            tensors[name] = raw.view(shape).float()
-        except (KeyError, TypeError, RuntimeError) as e:
-            raise WeightsError(f"{path.name} is corrupt: {name} is described as {entry} ({e}).") from e
+    path, package = Path(path), _safetensors()
+    try:
+        with package.safe_open(path, "pt") as file:
+            tensors = {name: file.get_tensor(name).float() for name in file.keys()}  # noqa: SIM118
+            about = file.metadata() or {}
+    except package.SafetensorError as e:
+        raise WeightsError(f"{path.name} is no intact safetensors file: {e}.") from e
     bad = [name for name, x in tensors.items() if not bool(torch.isfinite(x).all())]
     if bad:
         raise WeightsError(f"{path.name} is corrupt: {bad[0]} holds values that are not finite.")
     return tensors, about
 
 
-def _header(path: Path, data: bytes) -> tuple[dict, dict[str, str], int]:
+def _safetensors():
     try:
-        (size,) = struct.unpack("<Q", data[:8])
-        if size > len(data) - 8:
-            raise ValueError(f"its header wants {size} bytes, the file has {len(data)}")
-        header = json.loads(data[8 : 8 + size])
-        return header, header.pop("__metadata__", {}), 8 + size
-    except (ValueError, struct.error, AttributeError) as e:
-        raise WeightsError(f"{path.name} is no safetensors file: {e}.") from e
+        import safetensors.torch
+    except ImportError as e:
+        raise ImportError("weights are read and written with safetensors: pip install 'gate4d[demo]'.") from e
+    return safetensors

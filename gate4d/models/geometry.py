@@ -72,6 +72,26 @@ def decode_pose(pose_enc: Tensor, height: int, width: int) -> tuple[Tensor, Tens
     return extrinsics, intrinsics
 
 
+def chained(steps: Tensor, before: Tensor | None = None) -> Tensor:
+    """Pose encodings ``[B, T, 9]`` of frames from encodings of each relative to the frame before it.
+
+    ``before [B, 9]`` is the encoding of the frame before the first; without one the first frame is the origin, whatever
+    its step. Fields of view are those of the steps.
+    """
+    turns, shifts = quaternion_to_matrix(steps[..., 3:7]).unbind(1), steps[..., :3, None].unbind(1)
+    with torch.autocast(steps.device.type, enabled=False):  # products of small turns leave nothing to 16 bits
+        if before is None:
+            turn, shift = torch.eye(3).to(steps).expand_as(turns[0]), torch.zeros_like(shifts[0])
+        else:
+            turn, shift = turns[0] @ quaternion_to_matrix(before[:, 3:7]), turns[0] @ before[:, :3, None] + shifts[0]
+        found = [(turn, shift)]
+        for by, along in zip(turns[1:], shifts[1:], strict=True):
+            turn, shift = by @ turn, by @ shift + along
+            found.append((turn, shift))
+    turns, shifts = (torch.stack(x, dim=1) for x in zip(*found, strict=True))
+    return torch.cat((shifts[..., 0], matrix_to_quaternion(turns), steps[..., 7:]), dim=-1)
+
+
 def unproject(depth: Tensor, extrinsics: Tensor, intrinsics: Tensor) -> Tensor:
     """World points ``[..., H, W, 3]`` of depths ``[..., H, W]`` along the optical axis.
 

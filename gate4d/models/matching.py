@@ -12,9 +12,10 @@ class Matching(nn.Module):
 
     Differences of the images; block matching: normalised cross-correlation of 5 x 5 neighbourhoods at half the size for
     shifts of up to 8 pixels; and, for what moves by less than a pixel, the least-squares flow of each patch (Lucas and
-    Kanade, 1981), whose mean, divergence and rotation over the image go to the camera token. A model of this size,
-    trained for an hour, does not come to find correspondences by attention over patches; where a pixel went is given to
-    it, whether the camera or an object moved is not.
+    Kanade, 1981), with its products with the patch's place: their means over patches that rest are what a moving camera
+    looks like, which attention can take. A model of this size, trained for an hour, does not come to find
+    correspondences by attention over patches; where a pixel went is given to it, whether the camera or an object moved
+    is not.
     """
 
     radius, block, sharpness = 4, 5, 30.0
@@ -30,30 +31,30 @@ class Matching(nn.Module):
         self.down = nn.Conv2d(half, quarter, 3, 2, 1)
         self.mix = nn.Conv2d(quarter, quarter, 3, 1, 1)
         self.patch = nn.Conv2d(quarter, dim, 2, 2)
-        self.flow = nn.Conv2d(5 * others, dim, 1)
-        self.camera = nn.Sequential(nn.Linear(4 * others, dim), nn.GELU(), nn.Linear(dim, dim))
+        self.flow = nn.Conv2d(9 * others + 5, dim, 1)
 
     def forward(
         self, images: Tensor, before: Tensor | None, causal: bool, known: Tensor | None = None
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Images ``[B, T, 3, H, W]`` to what is added to the patches ``[B * T, P, C]`` and to the camera tokens
-        ``[B * T, C]``, and maps at a half and a quarter of the size.
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Images ``[B, T, 3, H, W]`` to what is added to the patches ``[B * T, P, C]``, and maps at a half and a
+        quarter of the size.
 
         ``before [B, n, 3, H, W]`` are the first frame and the last ones before these (see :func:`remember`), those that
         count are ``known [B, n]`` (None: all). With ``causal`` no frame sees a later one.
         """
         with torch.no_grad():
-            change, shift, flow, camera = self.compare(images, before, causal, known)
+            change, shift, flow = self.compare(images, before, causal, known)
         half = F.gelu(self.change(change) + self.shift(shift))
         half = half + F.gelu(self.smooth(half))
         quarter = F.gelu(self.down(half))
         quarter = quarter + F.gelu(self.mix(quarter))
-        return (self.patch(quarter) + self.flow(flow)).flatten(2).mT, self.camera(camera), half, quarter
+        flow = torch.cat((flow, places(flow).expand(len(flow), -1, -1, -1)), dim=1)
+        return (self.patch(quarter) + self.flow(flow)).flatten(2).mT, half, quarter
 
     @torch.autocast("cpu", enabled=False)
     def compare(
         self, images: Tensor, before: Tensor | None, causal: bool, known: Tensor | None
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """In fp32 (16 bits would round sub-pixel motion away), all ``[B * T, channels, ...]``; see :meth:`forward`."""
         images = images.to(torch.promote_types(images.dtype, torch.float32))
         clip = images if before is None else torch.cat((before.to(images.dtype), images), dim=1)
@@ -75,7 +76,7 @@ class Matching(nn.Module):
             found = (
                 4 * (clip[:, at] - images).flatten(0, 1),
                 self.correlate(*(x.flatten(0, 1) for x in (described[:, skipped:], described[:, at]))),
-                *patch_flow(*(x.flatten(0, 1) for x in (small[:, skipped:], small[:, at]))),
+                patch_flow(*(x.flatten(0, 1) for x in (small[:, skipped:], small[:, at]))),
             )
             parts.append([x * seen.flatten().to(x.dtype).view(-1, *[1] * (x.dim() - 1)) for x in found])
         return tuple(torch.cat(x, dim=1) for x in zip(*parts, strict=True))
@@ -103,13 +104,12 @@ class Matching(nn.Module):
         return torch.cat((products.flatten(3), extra), dim=-1).permute(0, 3, 1, 2)
 
 
-def patch_flow(a: Tensor, b: Tensor, window: int = 4) -> tuple[Tensor, Tensor]:
-    """Least-squares flow of each window from ``a`` to ``b [N, 3, h, w]``, and its summary over the image.
+def patch_flow(a: Tensor, b: Tensor, window: int = 4) -> Tensor:
+    """Least-squares flow of each window from ``a`` to ``b [N, 3, h, w]``.
 
     Returns:
-        ``[N, 5, h / 4, w / 4]``: flow (y, x) in the images' pixels, the confidence in [0, 1] that the texture gives
-        (from the lesser eigenvalue), and flow times confidence; and ``[N, 4]``, means over the image weighted by
-        confidence: flow (y, x), divergence and rotation about the middle.
+        ``[N, 9, h / 4, w / 4]``: flow (y, x) in the images' pixels, the confidence in [0, 1] that the texture gives
+        (from the lesser eigenvalue), flow times confidence, and that times the place y and times the place x.
     """
     middle = F.pad((a + b) / 2, (1, 1, 1, 1), mode="replicate")
     gx, gy = (middle[..., 1:-1, 2:] - middle[..., 1:-1, :-2]) / 2, (middle[..., 2:, 1:-1] - middle[..., :-2, 1:-1]) / 2
@@ -122,12 +122,16 @@ def patch_flow(a: Tensor, b: Tensor, window: int = 4) -> tuple[Tensor, Tensor]:
     flow = flow.clamp(-2, 2)
     least = (xx + yy) / 2 - ((xx - yy).square() / 4 + xy * xy).sqrt()
     weight = (least / (least + 3e-4))[:, None]
-    rows, columns = flow.shape[-2:]
-    y, x = (torch.linspace(-1, 1, n, device=a.device, dtype=a.dtype) for n in (rows, columns))
-    across, along = flow[:, 0] * y[:, None] + flow[:, 1] * x, flow[:, 0] * x - flow[:, 1] * y[:, None]
-    summary = torch.cat((flow, torch.stack((across, along), dim=1)), dim=1)
-    mean = (summary * weight).sum((2, 3)) / weight.sum((2, 3)).clamp(min=1e-3)
-    return torch.cat((flow, weight, flow * weight), dim=1), 4 * mean
+    sure = flow * weight
+    y, x = places(flow)[:, :2, None].unbind(1)
+    return torch.cat((flow, weight, sure, sure * y, sure * x), dim=1)
+
+
+def places(like: Tensor) -> Tensor:
+    """y, x, y y, x x, x y of every patch of ``like [..., h, w]``, from -1 to 1: ``[1, 5, h, w]``."""
+    y, x = (torch.linspace(-1, 1, n, device=like.device, dtype=like.dtype) for n in like.shape[-2:])
+    y, x = torch.broadcast_tensors(y[:, None], x)
+    return torch.stack((y, x, y * y, x * x, x * y))[None]
 
 
 def remember(before: Tensor | None, images: Tensor) -> Tensor:

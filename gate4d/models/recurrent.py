@@ -87,8 +87,9 @@ class PoseMemory(nn.Module):
 class RecurrentModel(nn.Module):
     """CUT3R's shape at a thousandth of its work.
 
-    What :class:`~gate4d.models.matching.Matching` compares is part of the memory: the first image and the last
-    three, as patches behind the tokens of the pose memory, so that a reset forgets them too.
+    What :class:`~gate4d.models.matching.Matching` compares, and the pose that the frames' motions are added to, are
+    part of the memory: behind the tokens of the pose memory come the last pose, then the first image and the last
+    three, as patches, so that a reset forgets them too.
 
     Args:
         dim: features C of a token, at least 192, the values of a patch.
@@ -146,10 +147,9 @@ class RecurrentModel(nn.Module):
         """
         if isinstance(frames, Tensor):
             check_clip(frames, self.patch_size)
-            found = list(self._clip(frames))
-        else:
-            device = self.pose_token.device
-            found = [prediction for prediction, _ in recurrent_steps(self, recurrent_views(frames, device=device))]
+            return self._clip(frames)
+        views = recurrent_views(frames, device=self.pose_token.device)
+        found = [prediction for prediction, _ in recurrent_steps(self, views)]
         return {name: torch.cat([f[name] for f in found], dim=1) for name in found[0]}
 
     def stream(self, frames: Iterable[Any]) -> Iterable[dict[str, Tensor]]:
@@ -160,22 +160,22 @@ class RecurrentModel(nn.Module):
             for prediction, _ in recurrent_steps(self, recurrent_views(clip, device=self.pose_token.device)):
                 yield prediction
 
-    def _clip(self, images: Tensor) -> Iterable[dict[str, Tensor]]:
+    def _clip(self, images: Tensor) -> dict[str, Tensor]:
         """The same as the steps below, with all frames in one call where they do not depend on each other."""
         batch, frames = images.shape[:2]
         tokens, pos, maps = self._encode(images.flatten(0, 1))
-        moved, turned, *changes = self.matching(images, None, True)
-        turned = turned.view(batch, frames, 1, -1)
+        moved, *changes = self.matching(images, None, True)
         feats = self._pack(tokens + moved, maps, changes).unflatten(0, (batch, frames))
         (init, state_pos), mem = self._initial_state(batch), self.pose_retriever.mem.expand(batch, -1, -1)
-        state, plain = init, self.decoder_embed(tokens.unflatten(0, (batch, frames))).mean(2, keepdim=True)
-        pos = pos[:1].expand(batch, -1, -1)
-        for t in range(frames):
-            pose = self.pose_retriever.inquire(plain[:, t], mem) if t else self.pose_token.expand(batch, -1, -1)
-            pose, pose_pos = pose + turned[:, t], torch.full_like(pos[:, :1], -1)
-            state, dec = self._recurrent_rollout(state, state_pos, feats[:, t], pos, pose, pose_pos, init)
-            mem = self.pose_retriever.update_mem(mem, plain[:, t], dec[-1][:, :1])
-            yield self._predict(dec, feats[:, t], images.shape[-2:])
+        plain = self.decoder_embed(tokens.unflatten(0, (batch, frames))).mean(2, keepdim=True).unbind(1)
+        state, layers, pos = init, [], pos[:1].expand(batch, -1, -1)
+        for t, feat in enumerate(feats.unbind(1)):
+            pose = self.pose_retriever.inquire(plain[t], mem) if t else self.pose_token.expand(batch, -1, -1)
+            at = torch.full_like(pos[:, :1], -1)
+            state, dec = self._recurrent_rollout(state, state_pos, feat, pos, pose, at, init)
+            mem = self.pose_retriever.update_mem(mem, plain[t], dec[-1][:, :1])
+            layers.append(torch.cat((dec[0], dec[-1]), dim=-1))
+        return self._predict(torch.stack(layers, dim=1), feats, images.shape[-2:])
 
     # ---- the steps of CUT3R's loops ------------------------------------------------------------------------------
 
@@ -198,7 +198,7 @@ class RecurrentModel(nn.Module):
         shapes, feats, positions = self._encode_views(views)
         batch, patches = feats[-1][0].shape[:2]
         state, state_pos = self._initial_state(batch)
-        unseen = torch.full_like(state[:, :1], -1).expand(-1, self.reach * patches, -1)  # no pixel is below 0
+        unseen = torch.full_like(state[:, :1], -1).expand(-1, 1 + self.reach * patches, -1)  # no pixel is below 0
         mem = torch.cat((self.pose_retriever.mem.expand(batch, -1, -1), unseen), dim=1)
         return (feats[-1], positions, shapes), (state.clone(), mem.clone(), state, state_pos, mem)
 
@@ -222,24 +222,26 @@ class RecurrentModel(nn.Module):
     ) -> tuple[dict[str, Tensor], tuple[Tensor, Tensor]]:  # fmt: skip
         """One frame: its prediction, and the state and the memory after it."""
         view, (height, width) = views[i], views[i]["img"].shape[-2:]
-        poses, past = mem[:, : self.memory], mem[:, self.memory :]
+        poses, last, past = mem.split((self.memory, 1, mem.shape[1] - self.memory - 1), dim=1)
         images = past[..., : self.values].unflatten(1, (self.reach, -1))  # [B, 4, patches, values]: first, last three
         plain, now = self.decoder_embed(feat_i[..., : self.dim]).mean(1, keepdim=True), feat_i[..., -self.values :]
         seen = (images[..., 0] >= 0).all(-1)  # [B, 4]
-        feat, turned = self._compared(feat_i[..., : -self.values], now, images, seen, (height, width))
+        feat = self._compared(feat_i[..., : -self.values], now, images, seen, (height, width))
         pose = self.pose_retriever.inquire(plain, poses) if i else self.pose_token.expand(len(feat), -1, -1)
         new, dec = self._recurrent_rollout(
-            state_feat, state_pos, feat, pos_i, pose + turned, torch.full_like(pos_i[:, :1], -1), init_state_feat,
+            state_feat, state_pos, feat, pos_i, pose, torch.full_like(pos_i[:, :1], -1), init_state_feat,
             img_mask=view["img_mask"], reset_mask=view["reset"], update=view["update"],
         )  # fmt: skip
         told = self.pose_retriever.update_mem(poses, plain, dec[-1][:, :1])
         first = torch.where(seen[:, :1, None, None], images[:, :1], now[:, None])
+        layers = torch.cat((dec[0], dec[-1]), dim=-1)
+        out = self._predict(layers[:, None], feat[:, None], (height, width), last[:, 0, :9], seen[:, 0])
         kept = torch.cat((first, images[:, 2:], now[:, None]), dim=1).flatten(1, 2)
-        kept = F.pad(kept, (0, self.dim - self.values))
+        kept = torch.cat([F.pad(x, (0, self.dim - x.shape[-1])) for x in (out["pose_enc"].to(kept.dtype), kept)], dim=1)
         update, reset = (view["img_mask"] & view["update"])[:, None, None], view["reset"][:, None, None]
         state = torch.where(reset, init_state_feat, torch.where(update, new, state_feat))
         new_mem = torch.where(reset, init_mem, torch.where(update, torch.cat((told, kept), dim=1), mem))
-        return self._predict(dec, feat, (height, width)), (state, new_mem)
+        return out, (state, new_mem)
 
     # ---- parts ---------------------------------------------------------------------------------------------------
 
@@ -257,19 +259,16 @@ class RecurrentModel(nn.Module):
             x = block(x, pos)
         return self.enc_norm(x), pos, maps
 
-    def _compared(
-        self, feat: Tensor, now: Tensor, past: Tensor, seen: Tensor, size: tuple[int, int]
-    ) -> tuple[Tensor, Tensor]:
-        """Features of a frame with what changed since the images ``past [B, 4, patches, values]``, and the same for the
-        pose token ``[B, 1, C]``."""
+    def _compared(self, feat: Tensor, now: Tensor, past: Tensor, seen: Tensor, size: tuple[int, int]) -> Tensor:
+        """Features of a frame with what changed since the images ``past [B, 4, patches, values]``."""
         rows = size[0] // self.patch_size
 
         def image(patches: Tensor) -> Tensor:  # [..., patches, values] to [..., 3, H, W]
             return F.pixel_shuffle(patches.mT.unflatten(-1, (rows, -1)), self.patch_size)
 
-        moved, turned, *changes = self.matching(image(now)[:, None], image(past), True, seen)
+        moved, *changes = self.matching(image(now)[:, None], image(past), True, seen)
         tokens, maps = feat[..., : self.dim] + moved, self._maps(feat[..., self.dim :], rows)
-        return self._pack(tokens, maps, changes), turned[:, None]
+        return self._pack(tokens, maps, changes)
 
     def _pack(self, tokens: Tensor, maps: Sequence[Tensor], changes: Sequence[Tensor] = ()) -> Tensor:
         """Tokens and, patch by patch, the maps at a half and a quarter of the size, images' before changes'."""
@@ -282,13 +281,20 @@ class RecurrentModel(nn.Module):
         parts = folded.split([times * w * s * s for w, s in zip(self.widths, (4, 2), strict=True)], dim=-1)
         return [F.pixel_shuffle(p.mT.unflatten(2, (rows, -1)), s) for p, s in zip(parts, (4, 2), strict=True)]
 
-    def _predict(self, dec: list[Tensor], feat: Tensor, size: tuple[int, int]) -> dict[str, Tensor]:
-        half, quarter = self._maps(feat[..., self.dim :], size[0] // self.patch_size, 2)
-        tokens = torch.cat((dec[0], dec[-1]), dim=-1)[:, None]
-        features = Features(tokens, dec[-1][:, :1], None, half, quarter)
+    def _predict(
+        self, tokens: Tensor, feat: Tensor, size: tuple[int, int], before: Tensor | None = None,
+        seen: Tensor | None = None,
+    ) -> dict[str, Tensor]:  # fmt: skip
+        """From the first and last layer's ``tokens [B, T, 1 + P, 2C]`` and the features ``[B, T, P, ...]``; ``before
+        [B, 9]`` is the pose before these frames in clips that have ``seen [B]`` any."""
+        half, quarter = self._maps(feat[..., self.dim :].flatten(0, 1), size[0] // self.patch_size, 2)
+        features = Features(tokens, tokens[:, :, 0, self.dim :], None, half, quarter)
         depth, confidence = self.depth_head(features, 1).unbind(2)
+        pose = self.camera_head(features.cameras)
+        if seen is not None:
+            pose = torch.where(seen[:, None, None], self.camera_head(features.cameras, before=before), pose)
         return {
-            "pose_enc": self.camera_head(features.cameras),
+            "pose_enc": pose,
             "depth": depth.clamp(-8, 8).exp()[..., None],
             "depth_conf": 1 + confidence.clamp(max=8).exp(),
             "motion": self.motion_head(features, 1).squeeze(2),
