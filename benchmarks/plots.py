@@ -68,7 +68,7 @@ def draw(
             _plot(ax, curve, value)
         if name == "memory":
             _explain(ax, counted or {}, limit)
-        _scale(ax, study, heading, label, log_y=name == "memory")
+        _scale(ax, study, heading, label, log_y=name == "memory" and any(c.points for c in study.curves))
     handles, labels = axes[0][0].get_legend_handles_labels()
     columns = min(len(labels), max(2, 5 * len(panels) // 3))
     fig.legend(handles, labels, loc="outside lower center", ncols=columns, frameon=False, fontsize=10)
