@@ -132,6 +132,14 @@ def sageattention(x: Inputs) -> Step:
     return lambda: (sageattn(x.q, x.k, x.v, tensor_layout="HND"),)
 
 
+def flash_colreduce(x: Inputs) -> Step:
+    """flash-colreduce (0.2.2): mean over the queries of softmax(q k^T), ``[B, H, Nk]`` in q's dtype; it finds lse in a
+    pass of its own and gives no variance. Not run: it needs CUDA."""
+    from flash_colreduce import flash_colreduce as reduced
+
+    return lambda: (reduced(x.q, x.k, reduction="mean"),)
+
+
 def motion_score_mod(a: Tensor, b: Tensor) -> Callable[..., Tensor]:
     """The pairwise gate as FlexAttention's score_mod; ``a [B, Nq]`` and ``b [B, Nk]`` as in MotionGate."""
     return lambda score, batch, head, i, j: score + torch.log(1 - a[batch, i] * b[batch, j])
@@ -166,7 +174,7 @@ class Peer:
     """
 
     name: str
-    build: Callable[[Inputs], Step] | None
+    build: Callable[[Inputs], Step]
     operations: tuple[str, ...]
     package: str | None = None
     needs_cuda: bool = False
@@ -198,7 +206,9 @@ PEERS: dict[str, Peer] = {
         Peer("flash-attn", flash_attn, ("plain",), "flash_attn", True, "it takes no bias"),
         Peer("xformers", xformers, _FORWARD, "xformers", True, "set up for forward passes"),
         Peer("sageattention", sageattention, ("plain",), "sageattention", True, "it takes no bias", False),
-        Peer("flash-colreduce", None, (), "flash_colreduce", True, "it gives column means alone"),
+        Peer(
+            "flash-colreduce", flash_colreduce, ("received",), "flash_colreduce", True, "it gives means per key alone"
+        ),
     )
 }
 

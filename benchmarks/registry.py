@@ -1,7 +1,8 @@
 """Attention shapes of the supported models and the operations measured on them; every benchmark takes both from here.
 
-Sizes are those of the public repositories at their default resolution, read from the code and from runs with
-random weights. ``source`` names the repository and the module.
+Sizes are those of the public repositories, read from their code, for landscape frames as their loaders leave them.
+Pi3's loader fits frames into 255,000 pixels, for which VGGT's size stands. ``source`` names the repository, the file
+and the module.
 """
 
 from __future__ import annotations
@@ -25,8 +26,8 @@ class AttentionShape:
         special: leading special tokens of a frame.
         growth: what grows with the number of frames: ``batch`` (frames side by side), ``tokens`` (all frames attend
             to each other), ``keys`` (one frame of queries, a cache of keys), ``none`` (the same size at every frame).
-        modules: how many of these a model runs per forward pass.
-        source: repository and module path.
+        modules: how many of these a model has.
+        source: repository, file and module; what else the size rests on.
     """
 
     name: str
@@ -65,34 +66,53 @@ class AttentionShape:
         return TokenLayout(frames, self.keys, self.special)
 
 
-_VGGT = "facebookresearch/vggt: aggregator"
-_CUT3R = "CUT3R/CUT3R:"
+_VGGT = "facebookresearch/vggt: vggt/"
+_OMEGA = "facebookresearch/vggt-omega: vggt_omega/models/"
+_STREAMVGGT = "wzzheng/StreamVGGT: src/streamvggt/"
+_STREAM3R = "NIRVANALAN/STream3R: stream3r/models/components/"
+_PI3 = "yyfz/Pi3: pi3/models/"
+_DUST3R = "naver/dust3r: dust3r/model.py and README.md,"
+_CUT3R = "CUT3R/CUT3R: src/dust3r/model.py and config/dpt_512_vary_4_64.yaml,"
 _TABLE = (
     # name, heads, head_dim, queries, keys, special, growth, modules, source
-    ("vggt.patch_embed", 16, 64, 1041, 1041, 5, "batch", 24, f"{_VGGT}.patch_embed.blocks.*.attn (DINOv2)"),
-    ("vggt.frame", 16, 64, 1041, 1041, 5, "batch", 24, f"{_VGGT}.frame_blocks.*.attn, 518 x 392 pixels"),
-    ("vggt.global", 16, 64, 1041, 1041, 5, "tokens", 24, f"{_VGGT}.global_blocks.*.attn, 518 x 392 pixels"),
-    ("vggt.camera_head", 16, 128, 1, 1, 0, "tokens", 4, "facebookresearch/vggt: camera_head.trunk.*.attn"),
-    ("streamvggt.cached", 16, 64, 1041, 1041, 5, "keys", 24, "wzzheng/StreamVGGT: aggregator.global_blocks, use_cache"),
-    ("streamvggt.camera_head", 16, 128, 1, 4, 0, "keys", 4, "wzzheng/StreamVGGT: camera_head, 4 cached keys a frame"),
-    ("stream3r.cached", 16, 64, 1041, 1041, 5, "keys", 24, "NIRVANALAN/STream3R: global_blocks, kv_cache"),
-    ("pi3.encoder", 16, 64, 1041, 1041, 5, "batch", 24, "yyfz/Pi3: encoder.blocks"),
-    ("pi3.frame", 16, 64, 1041, 1041, 5, "batch", 18, "yyfz/Pi3: decoder.*.attn, even blocks"),
-    ("pi3.global", 16, 64, 1041, 1041, 5, "tokens", 18, "yyfz/Pi3: decoder.*.attn, odd blocks"),
-    ("pi3.heads", 16, 64, 1041, 1041, 5, "batch", 15, "yyfz/Pi3: point_decoder, conf_decoder, camera_decoder .blocks"),
-    ("vggt_omega.frame", 16, 64, 593, 593, 17, "batch", 24, "VGGT-Omega: aggregator.frame_blocks"),
-    ("vggt_omega.global", 16, 64, 593, 593, 17, "tokens", 19, "VGGT-Omega: aggregator.inter_frame_blocks"),
-    ("vggt_omega.special", 16, 64, 17, 17, 17, "tokens", 5, "VGGT-Omega: inter_frame_blocks on special tokens alone"),
-    ("dust3r.encoder", 16, 64, 576, 576, 0, "batch", 24, "naver/croco and naver/dust3r: enc_blocks.*.attn, 512 x 288"),
-    ("dust3r.decoder", 12, 64, 576, 576, 0, "none", 24, "naver/dust3r: dec_blocks.*.attn and dec_blocks2.*.attn"),
-    ("dust3r.cross", 12, 64, 576, 576, 0, "none", 24, "naver/dust3r: dec_blocks.*.cross_attn and dec_blocks2"),
-    ("cut3r.encoder", 16, 64, 576, 576, 0, "batch", 24, f"{_CUT3R} enc_blocks.*.attn"),
+    ("vggt.patch_embed", 16, 64, 1041, 1041, 5, "batch", 24,
+     f"{_VGGT}layers/vision_transformer.py (DINOv2 ViT-L/14 with 4 registers), 518 x 392 pixels"),
+    ("vggt.frame", 16, 64, 1041, 1041, 5, "batch", 24, f"{_VGGT}models/aggregator.py, frame_blocks.*.attn"),
+    ("vggt.global", 16, 64, 1041, 1041, 5, "tokens", 24, f"{_VGGT}models/aggregator.py, global_blocks.*.attn"),
+    ("vggt.camera_head", 16, 128, 1, 1, 0, "tokens", 4, f"{_VGGT}heads/camera_head.py, trunk.*.attn, run four times"),
+    ("streamvggt.cached", 16, 64, 1041, 1041, 5, "keys", 24,
+     f"{_STREAMVGGT}models/aggregator.py, global_blocks.*.attn with use_cache"),
+    ("streamvggt.camera_head", 16, 128, 1, 4, 0, "keys", 4,
+     f"{_STREAMVGGT}heads/camera_head.py, trunk.*.attn, run four times, each of which adds a key to the one cache"),
+    ("stream3r.cached", 16, 64, 1041, 1041, 5, "keys", 24,
+     f"{_STREAM3R}aggregator/streamaggregator.py, global_blocks.*.attn with kv_cache"),
+    ("stream3r.camera_head", 16, 128, 1, 1, 0, "keys", 4,
+     f"{_STREAM3R}heads/camera_head.py, trunk.*.attn, run four times, each with a cache of its own"),
+    ("pi3.encoder", 16, 64, 1041, 1041, 5, "batch", 24, f"{_PI3}pi3.py, encoder.blocks (dinov2_vitl14_reg)"),
+    ("pi3.frame", 16, 64, 1041, 1041, 5, "batch", 18, f"{_PI3}pi3.py, decoder.*.attn of even blocks"),
+    ("pi3.global", 16, 64, 1041, 1041, 5, "tokens", 18, f"{_PI3}pi3.py, decoder.*.attn of odd blocks"),
+    ("pi3.heads", 16, 64, 1041, 1041, 5, "batch", 15,
+     f"{_PI3}layers/transformer_head.py, blocks of point_decoder, conf_decoder and camera_decoder"),
+    ("vggt_omega.patch_embed", 16, 64, 1019, 1019, 5, "batch", 24,
+     f"{_OMEGA}layers/vision_transformer.py (class token and 4 storage tokens), 624 x 416 pixels"),
+    ("vggt_omega.frame", 16, 64, 1031, 1031, 17, "batch", 24, f"{_OMEGA}aggregator.py, frame_blocks.*.attn"),
+    ("vggt_omega.global", 16, 64, 1031, 1031, 17, "tokens", 19,
+     f"{_OMEGA}aggregator.py, inter_frame_blocks.*.attn of the type 'global'"),
+    ("vggt_omega.special", 16, 64, 17, 17, 17, "tokens", 5,
+     f"{_OMEGA}aggregator.py, inter_frame_blocks.*.attn of the type 'register': special tokens alone"),
+    ("vggt_omega.camera_head", 16, 128, 17, 17, 17, "tokens", 4,
+     f"{_OMEGA}heads/camera_head.py, trunk.*.attn over the special tokens of all frames, run once"),
+    ("dust3r.encoder", 16, 64, 576, 576, 0, "batch", 24, f"{_DUST3R} enc_blocks.*.attn, 512 x 288 pixels"),
+    ("dust3r.decoder", 12, 64, 576, 576, 0, "none", 24, f"{_DUST3R} dec_blocks.*.attn and dec_blocks2.*.attn"),
+    ("dust3r.cross", 12, 64, 576, 576, 0, "none", 24, f"{_DUST3R} dec_blocks.*.cross_attn, dec_blocks2.*.cross_attn"),
+    ("cut3r.encoder", 16, 64, 576, 576, 0, "batch", 24, f"{_CUT3R} enc_blocks.*.attn, 512 x 288 pixels"),
     ("cut3r.image", 12, 64, 577, 577, 1, "none", 12, f"{_CUT3R} dec_blocks.*.attn"),
     ("cut3r.image_state", 12, 64, 577, 768, 1, "none", 12, f"{_CUT3R} dec_blocks.*.cross_attn, keys are the state"),
     ("cut3r.state", 16, 48, 768, 768, 0, "none", 12, f"{_CUT3R} dec_blocks_state.*.attn"),
     ("cut3r.state_image", 16, 48, 768, 577, 0, "none", 12, f"{_CUT3R} dec_blocks_state.*.cross_attn (TTT3R's cue)"),
-    ("cut3r.memory", 12, 128, 256, 1, 0, "none", 2, f"{_CUT3R} pose_retriever.write_blocks (read_blocks: 1 x 256)"),
-)
+    ("cut3r.memory", 12, 128, 256, 1, 0, "none", 2,
+     f"{_CUT3R} pose_retriever.write_blocks.*.cross_attn (read_blocks: 1 x 256)"),
+)  # fmt: skip
 SHAPES: dict[str, AttentionShape] = {row[0]: AttentionShape(*row) for row in _TABLE}
 
 

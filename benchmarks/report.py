@@ -22,7 +22,7 @@ from .rows import Row, Settings
 SCHEMA = 1
 KINDS = {  # kind of a results file: the command of its marker
     "targets": "bench",
-    "systems": "bench --systems",
+    "systems": "bench systems",
     "sequences": "bench sequences",
 }
 

@@ -66,6 +66,7 @@ class Effort:
         heads: heads used at most; None for the model's own number.
         frame_tokens: tokens of a frame at most; None for the model's own number (only tests lower it).
         seconds, min_rounds, max_rounds: per comparison.
+        sample_seconds: calls of a variant are put together until a sample lasts this long.
         memory_tokens: the token counts at which peak memory is measured.
         memory_heads: heads there; few, so that long sequences stay quick.
     """
@@ -78,10 +79,11 @@ class Effort:
     max_rounds: int
     memory_tokens: tuple[int, ...]
     memory_heads: int
+    sample_seconds: float = 0.0
 
 
-FULL = Effort("full", None, None, 20.0, 7, 31, (4096, 16384, 65536), 2)
-QUICK = Effort("quick", 4, None, 2.5, 5, 15, (4096, 16384), 2)
+FULL = Effort("full", None, None, 20.0, 7, 31, (4096, 16384, 65536), 2, 0.05)
+QUICK = Effort("quick", 4, None, 2.5, 5, 15, (4096, 16384), 2, 0.05)
 
 
 @dataclass(frozen=True)

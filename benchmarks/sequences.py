@@ -45,6 +45,10 @@ class Sequence:
     quick: tuple[int, ...]
     full: tuple[int, ...]
 
+    def counts(self, effort: Effort) -> tuple[int, ...]:
+        """The frame counts of an effort."""
+        return self.quick if effort.name == "quick" else self.full
+
 
 SEQUENCES = {
     s.name: s
@@ -71,17 +75,18 @@ SEQUENCES = {
 
 @dataclass(frozen=True)
 class Effort:
-    """Seconds a backbone, memory a process, and how long short counts are repeated."""
+    """Seconds a backbone, memory a process, how long short counts are repeated, and how often long ones."""
 
     name: str
     budget: float
     repeat_seconds: float
     max_rounds: int
+    min_rounds: int = 2  # with the first run three: the median of fewer is at the mercy of one that was disturbed
     max_bytes: int = 2 << 30
 
 
-FULL = Effort("full", 300.0, 4.0, 15)
-QUICK = Effort("quick", 70.0, 1.0, 7)
+FULL = Effort("full", 300.0, 4.0, 31)
+QUICK = Effort("quick", 70.0, 1.0, 15)
 
 
 def case_of(contestant: str) -> dict:
@@ -105,7 +110,9 @@ def measure(
         )
         for name in sequence.contestants
     ]  # fmt: skip
-    limits = study.Settings(effort.budget, effort.max_bytes, effort.repeat_seconds, effort.max_rounds, threads)
+    limits = study.Settings(
+        effort.budget, effort.max_bytes, effort.repeat_seconds, effort.max_rounds, effort.min_rounds, threads
+    )
     verify = functools.partial(_verify, sequence.name, counts)
     return study.measure(contestants, counts, limits, progress, verify)
 
@@ -192,16 +199,16 @@ def as_dict(sequence: Sequence, result: Study) -> dict:
     }
 
 
-def draw(folder: Path, stem: str, found: dict[str, tuple[Study, dict]], subtitle: str) -> list[str]:
+def draw(folder: Path, stem: str, found: dict[str, tuple[Study, dict]], subtitle: str, limit: int) -> list[str]:
     """A picture per backbone, and one of the predictions; returns the stems of the files."""
     names = []
     for name, (result, data) in found.items():
         sequence = SEQUENCES[name]
         title = f"{name} backbone, shaped like {sequence.stands_for} (random weights)\n{subtitle}"
         counted = {c: [tuple(p) for p in points] for c, points in data["counted_bytes"].items()}
-        label = None if sequence.stream else "seconds a frame"
+        label = None if sequence.stream else "ms a frame"
         names.append(f"{stem}-{name}")
-        plots.draw(folder / names[-1], result, title, counted=counted, latency_label=label)
+        plots.draw(folder / names[-1], result, title, counted=counted, limit=limit, latency_label=label)
     if "alternating" in found:
         names.append(f"{stem}-predicted")
         plots.draw_predictions(folder / names[-1])
@@ -350,7 +357,7 @@ def run(
     done = 0
     for name in chosen:
         sequence = SEQUENCES[name]
-        counts = sequence.quick if effort is QUICK else sequence.full
+        counts = sequence.counts(effort)
         begun = itertools.count(done)
         done += len(counts) * len(sequence.contestants)
 
@@ -371,7 +378,7 @@ def run(
         f"memory limit {effort.max_bytes / 2**30:g} GiB a process"
     )
     step(done, "drawing")
-    pictures = draw(json_file.parent, json_file.stem, found, subtitle)
+    pictures = draw(json_file.parent, json_file.stem, found, subtitle, effort.max_bytes)
     sharded = [asdict(s) | {"seconds": s.seconds} for s in predictions.sharded()]
     extra = {"backbones": data, "errors": errors, "pictures": pictures, "predicted_on_gpus": sharded}
     json_file.write_text(json.dumps({**about, "kind": "sequences", "max_bytes": effort.max_bytes, **extra}) + "\n")
@@ -386,4 +393,4 @@ def run(
 
 def steps(chosen: list[str], effort: Effort) -> int:
     """Length of the progress bar."""
-    return sum(len(s.quick if effort is QUICK else s.full) * len(s.contestants) for s in (SEQUENCES[n] for n in chosen))
+    return sum(len(s.counts(effort)) * len(s.contestants) for s in (SEQUENCES[n] for n in chosen))

@@ -56,6 +56,7 @@ class Settings:
         budget: seconds for all contestants together, shared equally among those that still run.
         max_bytes: what a contestant's process may grow by.
         repeat_seconds: a count is repeated until a contestant has this long on average, in at most ``max_rounds``.
+        min_rounds: repetitions of a count whose calls are too long for that, as far as the budget goes.
         threads: of torch; 0 leaves torch's choice.
     """
 
@@ -63,6 +64,7 @@ class Settings:
     max_bytes: int = 4 << 30
     repeat_seconds: float = 1.0
     max_rounds: int = 5
+    min_rounds: int = 0
     threads: int = 0
 
 
@@ -254,7 +256,7 @@ def measure(
                     if (difference := _largest_difference(contestants, outputs)) is not None:
                         study.differences[n] = difference
                 running = [(w, c) for w, c in zip(workers, curves, strict=True) if c.name in replies]
-                _rounds(running, n, replies, settings)
+                _rounds(running, n, replies, settings, settings.budget - sum(c.spent for c in curves))
         finally:
             for worker in workers:
                 worker.close()
@@ -279,7 +281,7 @@ def _advance(
         curve.stop(frames, "time", f"before {frames} frames: {expected}")
         return None
     peak = extrapolate([(p.frames, p.peak_bytes) for p in curve.points], frames)
-    limit = f"limit {settings.max_bytes / 2**30:.1f} GiB"
+    limit = f"limit {settings.max_bytes / 2**30:.3g} GiB"
     if not worker.limited and peak > settings.max_bytes:
         curve.stop(frames, "memory", f"before {frames} frames: about {peak / 2**30:.1f} GiB expected, {limit}")
         return None
@@ -304,16 +306,26 @@ def _advance(
 
 
 def _rounds(
-    running: list[tuple[Worker, Curve]], frames: int, replies: dict[str, list[dict]], settings: Settings
+    running: list[tuple[Worker, Curve]],
+    frames: int,
+    replies: dict[str, list[dict]],
+    settings: Settings,
+    left: float,
 ) -> None:
-    """More rounds at a count, in alternating order, while they are short; the first run then counts as warm-up.
+    """More rounds at a count, in alternating order; ``left`` is what all contestants have left of the budget.
 
-    Rounds in which a process had to wait for others are repeated, twice as many at most, and left out if any is quiet.
+    The first run is warm-up, unless calls are so long that fewer than three rounds follow. Rounds in which a process
+    had to wait for others are repeated, twice as many at most, and left out if any is quiet.
     """
-    together = sum(replies[c.name][0]["seconds"] for _, c in running)
-    wanted = min(settings.max_rounds, int(settings.repeat_seconds * len(running) / max(together, 1e-9)))
+    first = {name: found[0] for name, found in replies.items()}
     rounds: list[dict[str, dict]] = []
-    while wanted and sum(map(_quiet, rounds)) < wanted and len(rounds) < 2 * wanted:
+
+    def wanted() -> int:
+        together = max(1e-9, min(sum(r["seconds"] for r in done.values()) for done in [first, *rounds]))
+        short = int(settings.repeat_seconds * len(running) / together)
+        return min(settings.max_rounds, max(short, min(settings.min_rounds, int(left / together))))
+
+    while running and sum(map(_quiet, rounds)) < wanted() and len(rounds) < 2 * wanted():
         found = {}
         for worker, curve in running if len(rounds) % 2 == 0 else reversed(running):
             found[curve.name] = reply = worker.ask(frames=frames, save=None)
@@ -321,6 +333,8 @@ def _rounds(
                 return
             curve.spent += reply["seconds"]
         rounds.append(found)
+    if rounds and len(rounds) < 3:
+        rounds.insert(0, first)
     counted = [r for r in rounds if _quiet(r)] or rounds
     for _, curve in running if counted else ():
         own = [r[curve.name] for r in counted]

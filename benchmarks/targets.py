@@ -74,6 +74,7 @@ class Contest:
             min_rounds=effort.min_rounds,
             max_rounds=effort.max_rounds,
             calls=calls,
+            sample_seconds=effort.sample_seconds,
             on_round=lambda n: self.settings.report(f"{self.title}: round {n}"),
         )
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import gc
 import itertools
+import math
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -90,18 +91,19 @@ def compare(
     min_rounds: int = 5,
     max_rounds: int = 31,
     calls: int = 1,
+    sample_seconds: float = 0.0,
     on_round: Callable[[int], None] = lambda n: None,
 ) -> Comparison:
     """Time ``variants`` in turns for ``seconds`` and at least ``min_rounds``; at most ``max_rounds`` quiet ones.
 
     All are warmed first. On a busy machine it goes on for up to three times ``seconds`` to find ``min_rounds`` quiet
-    rounds. ``calls`` of a variant make one sample, for calls too short for the clock; ``threads`` is what torch uses.
+    rounds. ``calls`` of a variant make one sample, more of those that then last less than ``sample_seconds``, whose
+    single calls vary by chance; ``threads`` is what torch uses.
     """
     if not variants:
         raise ValueError("variants must hold at least one callable.")
-    for _ in range(WARM_UP_ROUNDS):
-        for step in variants.values():
-            _sample(step, calls)
+    warm = [{name: _sample(step, calls) for name, step in variants.items()} for _ in range(WARM_UP_ROUNDS)][-1]
+    sampled = {name: max(calls, math.ceil(sample_seconds / seconds)) for name, seconds in warm.items()}
     names = list(variants)
     times: dict[str, list[float]] = {name: [] for name in names}
     waits: list[float] = []
@@ -115,7 +117,7 @@ def compare(
                 break
             waited_before, begin = waited(), time.perf_counter()
             for name in names if n % 2 == 0 else reversed(names):
-                times[name].append(_sample(variants[name], calls))
+                times[name].append(_sample(variants[name], sampled[name]))
             if waited_before is not None:
                 waits.append((waited() - waited_before) / (time.perf_counter() - begin) / threads)
             on_round(n + 1)

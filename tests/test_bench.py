@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from gate4d.benchmarks import cases, check, memory, peers, report, resident, rows, targets, timing
+from gate4d.benchmarks import agreement, cases, check, memory, peers, report, resident, rows, targets, timing
 from gate4d.benchmarks.registry import SHAPES, AttentionShape
 from gate4d.cli import bench
 from gate4d.cli.main import main
@@ -61,6 +61,21 @@ def test_rounds_stop_at_the_maximum_and_calls_are_averaged(monkeypatch):
     assert count == 5 * (4 + timing.WARM_UP_ROUNDS)
     with pytest.raises(ValueError, match="variants"):
         timing.compare({}, seconds=0.0, threads=1)
+
+
+def test_short_variants_are_called_more_often_a_sample(monkeypatch):
+    monkeypatch.setattr(timing, "waited", lambda: None)
+    now, calls = 0.0, {"short": 0, "long": 0}
+
+    def step(name, seconds):
+        nonlocal now
+        now, calls[name] = now + seconds, calls[name] + 1
+
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: now)
+    steps = {"short": lambda: step("short", 0.25), "long": lambda: step("long", 2.0)}
+    timed = timing.compare(steps, seconds=0.0, threads=1, min_rounds=3, sample_seconds=1.0)
+    assert calls == {"short": timing.WARM_UP_ROUNDS + 3 * 4, "long": timing.WARM_UP_ROUNDS + 3}
+    assert timed.medians() == {"short": 0.25, "long": 2.0}
 
 
 def test_disturbed_rounds_do_not_count_if_there_are_enough_quiet_ones():
@@ -244,6 +259,8 @@ def test_peak_memory_of_attention_in_a_fresh_process():
         (["--json", "no/such/folder/x.json"], "--json must be in an existing folder"),
         (["--backend", "magic"], "backend must be 'auto' or one of"),
         (["--into", "README.md"], "--into needs --markdown"),
+        (["--against", "no-such-file.json"], "no-such-file.json"),
+        (["peers", "--against", "README.md"], "--against is for targets, systems and sequences, got 'peers'"),
         (["--markdown", "no-such-file.json"], "no-such-file.json"),
     ],
 )
@@ -298,13 +315,47 @@ def test_markdown_is_written_between_markers(tmp_path, capsys):
     assert "not a results file" in capsys.readouterr().err
 
 
+def test_two_runs_are_compared_by_their_ratios(tmp_path, capsys):
+    first, second = tmp_path / "first.json", tmp_path / "second.json"
+    first.write_text(json.dumps(_result(peers={"SDPA + mask": 0.4, "maps": "failed, MemoryError: no"})))
+    second.write_text(json.dumps(_result(ratio=0.54, peers={"SDPA + mask": 0.4}, medians={"x": 9.0})))
+    assert main(["bench", "--markdown", str(second), "--against", str(first)]) == 0  # times do not count
+    out = capsys.readouterr().out
+    assert "2 ratios, 0 apart by more than 10%, the worst by 8.0%; 0 disturbed" in out
+    assert max(map(len, out.splitlines())) <= 80
+    assert main(["bench", "--markdown", str(second), "--against", str(first), "--tolerance", "0.05"]) == 1
+    out = capsys.readouterr().out
+    assert re.search(r"C1 a \| b +0\.540 +0\.500 +8\.0%", out)
+    assert "SDPA" not in out  # only what is apart is shown
+    second.write_text(json.dumps(_result(ratio=0.4, note="DISTURBED: waited")))
+    assert main(["bench", "--markdown", str(second), "--against", str(first)]) == 1
+    assert re.search(r"C1 a \| b \(disturbed\) +0\.400 +0\.500 +25\.0%", capsys.readouterr().out)
+    second.write_text(json.dumps(_result(unit="us")))
+    assert main(["bench", "--markdown", str(second), "--against", str(first)]) == 2
+    assert "no ratio in common" in capsys.readouterr().err
+
+
+def test_memory_ratios_may_differ_by_what_the_counters_leave_open():
+    peaks = {"plain": 20 * 2**20, "authors' way": 100 * 2**20}
+    a, b = (
+        agreement.figures(_result(ratio=r, times={}, peak_memory=peaks))["C1 a | b"] for r in (0.010, 0.019)
+    )  # fmt: skip
+    assert agreement.difference(a, b) == 0
+    assert agreement.difference(a, replace(b, ratio=0.030)) == pytest.approx(1.0)
+    timed = agreement.figures(_result(peak_memory=peaks))["C1 a | b"]
+    assert timed.slack == 0
+
+
 def test_registry_sizes():
     assert SHAPES["vggt.global"].sizes(4) == (1, 4164, 4164)
     assert SHAPES["vggt.frame"].sizes(4) == (4, 1041, 1041)
     assert SHAPES["streamvggt.cached"].sizes(20) == (1, 1041, 20820)
     assert SHAPES["cut3r.state_image"].sizes(9) == (1, 768, 577)
     assert SHAPES["vggt.global"].layout(3).patches_per_frame == 1036
-    assert all(name == shape.name and shape.source for name, shape in SHAPES.items())
+    assert SHAPES["vggt_omega.camera_head"].sizes(10) == (1, 170, 170)
+    for name, shape in SHAPES.items():
+        assert name == shape.name
+        assert re.match(r"[\w-]+/[\w-]+: [\w/]+\.py\b", shape.source), shape.source
 
 
 def test_the_document_shows_the_committed_results():

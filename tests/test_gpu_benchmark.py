@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
+import sys
 import time
+from dataclasses import replace
+from importlib.machinery import ModuleSpec
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from gate4d.benchmarks.gpu.__main__ import main, measure, run, table
-from gate4d.benchmarks.gpu.targets import TINY, Work, plan
+from gate4d.benchmarks.gpu.targets import TINY, Work, _received, plan
 
 
 class Clock:
@@ -161,3 +165,25 @@ def test_arguments(capsys: pytest.CaptureFixture[str]) -> None:
 def test_without_a_device_it_says_so(capsys: pytest.CaptureFixture[str]) -> None:
     assert main([]) == 1
     assert "no CUDA device" in capsys.readouterr().err
+
+
+def test_a_peer_for_the_attention_received_computes_the_mean_per_key(monkeypatch) -> None:
+    """With a stand-in of flash-colreduce's signature: (query, key, reduction, is_causal=False, scale=None)."""
+
+    def colreduce(query, key, reduction, is_causal=False, scale=None):
+        p = torch.softmax(query @ key.mT * query.shape[-1] ** -0.5, dim=-1)
+        return {"sum": p.sum(2), "mean": p.mean(2)}[reduction]
+
+    monkeypatch.setitem(sys.modules, "flash_colreduce", SimpleNamespace(flash_colreduce=colreduce))
+    ours, others, check = _received(TINY, 32768, "flash-colreduce")
+    check()
+    (mean,) = others["flash-colreduce"]()
+    torch.testing.assert_close(mean, ours["received"]().mean.to(mean.dtype))
+    wrong = SimpleNamespace(flash_colreduce=lambda *qk, reduction: 1.1 * colreduce(*qk, reduction))
+    monkeypatch.setitem(sys.modules, "flash_colreduce", wrong)
+    _, _, check = _received(TINY, 32768, "flash-colreduce")
+    with pytest.raises(AssertionError, match="the mean of flash-colreduce: relative error"):
+        check()
+    wrong.__spec__ = ModuleSpec("flash_colreduce", None)  # installed
+    planned = [[w.id for w in plan(replace(TINY, device=device)) if "colreduce" in w.id] for device in ("cpu", "cuda")]
+    assert planned == [[], ["G7 received, given lse / flash-colreduce"]]

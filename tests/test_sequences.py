@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from gate4d.benchmarks import (
+    agreement,
     backbones,
     baseline,
     memory_model,
@@ -160,9 +161,23 @@ def test_tables_markdown_and_pictures(found, tmp_path, monkeypatch):
     assert "| 8 | 100.0; 8 | - | 100.0; 8 |" in document.read_text()
     assert "![recurrent](benchmarks/results/s-recurrent.png)" in document.read_text()
     monkeypatch.setattr(plots, "draw_predictions", lambda path: None)
-    names = sequences.draw(tmp_path, "s", {"recurrent": found}, "subtitle")
+    names = sequences.draw(tmp_path, "s", {"recurrent": found}, "subtitle", 2 << 30)
     assert names == ["s-recurrent"]
-    assert "out of memory" in (tmp_path / "s-recurrent.svg").read_text()
+    assert "out of memory at 8 frames" in (tmp_path / "s-recurrent.svg").read_text()
+
+
+def test_two_runs_of_sequences_are_compared(found):
+    _, data = found
+    before = {"backbones": {"recurrent": data}, **ABOUT, "effort": "quick", "threads": 1}
+    now = json.loads(json.dumps(before))
+    assert agreement.compare(now, before)[1]
+    now["backbones"]["recurrent"]["time_ratios"]["SDPA"]["8"] *= 1.2
+    now["threads"] = 2
+    lines, agree = agreement.compare(now, before)
+    assert not agree
+    assert "note: the number of threads differs: 2 and 1" in lines
+    assert any(line.startswith("recurrent, gate4d / SDPA, 8 frames") and line.endswith("20.0%") for line in lines)
+    assert lines[-1].startswith("5 ratios, 1 apart by more than 10%")
 
 
 def test_a_backbone_that_fails_is_reported_and_the_run_goes_on(found, monkeypatch, tmp_path, capsys):
@@ -174,12 +189,15 @@ def test_a_backbone_that_fails_is_reported_and_the_run_goes_on(found, monkeypatc
 
     monkeypatch.setattr(sequences, "measure", measure)
     file = tmp_path / "s.json"
-    assert main(["bench", "sequences", "--quick", "--only", "recurrent,streaming", "--json", str(file)]) == 1
+    options = ["--quick", "--only", "recurrent,streaming", "--memory", "0.25", "--json", str(file)]
+    assert main(["bench", "sequences", *options]) == 1
     out = capsys.readouterr().out
     assert "streaming: FAILED, WrongResult: streaming, gate4d: outputs are off by 1" in out
     assert all(len(line) <= 80 for line in out.splitlines() if str(tmp_path) not in line and "command" not in line)
     data = json.loads(file.read_text())
     assert list(data["backbones"]) == ["recurrent"]
+    assert data["max_bytes"] == 2**28
+    assert data["backbones"]["recurrent"]["counts"] == [2, 4, 8]
     assert data["hardware"]["processor"]
     assert (tmp_path / "s-recurrent.png").exists()
 
@@ -214,13 +232,14 @@ def test_flex_attention_with_masks(case):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["nothing"], "WHAT must be one of targets, sequences, peers, suite, got 'nothing'"),
+        (["nothing"], "WHAT must be one of targets, systems, sequences, peers, suite, got 'nothing'"),
         (["peers", "--operation", "magic"], "operation must be one of plain, gated, .*got 'magic'"),
         (["peers", "--shape", "gpt.layer"], "shape must be one of vggt.patch_embed, .*got 'gpt.layer'"),
         (["peers", "--operation", "saliency"], "measure it with `gate4d bench --only C10`"),
         (["peers", "--operation", "window", "--shape", "cut3r.state"], "shape whose tokens grow"),
         (["peers", "--shape", "cut3r.state_image"], "as many queries as keys"),
         (["peers", "--frames", "0"], "--frames must be at least 1"),
+        (["sequences", "--memory", "0"], r"--memory must be more than 0 \(GiB a process\), got 0"),
         (["sequences", "--only", "spiral"], "--only must be names out of alternating, pairwise"),
         (["suite", "--tolerance", "-1"], "--tolerance must be 0 or more"),
         (["suite", "--baseline", "no-such.json"], "no-such.json"),

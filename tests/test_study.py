@@ -105,7 +105,7 @@ def test_one_runs_out_of_memory_and_the_others_go_on(importable):
     hungry, stream = result.curves
     assert [p.frames for p in hungry.points] == [2, 4]
     assert (hungry.ended, hungry.stopped_at) == ("memory", 16)
-    assert hungry.stopped == "at 16 frames: out of memory, limit 0.2 GiB"
+    assert hungry.stopped == "at 16 frames: out of memory, limit 0.195 GiB"
     assert [p.frames for p in stream.points] == [2, 4, 16]
     assert stream.stopped is None
     assert 80 * 0.98 <= hungry.points[0].peak_bytes / resident.MIB <= 83
@@ -167,9 +167,9 @@ def test_stopping_is_said(tmp_path):
     assert "about 4 s expected, 1 s" in late.stopped
     assert late.ended == "time"
     foreseen = advance(tmp_path, {}, limited=False, max_bytes=3 * 2**30)[0]  # where the system sets no limit
-    assert "about 4.0 GiB expected, limit 3.0 GiB" in foreseen.stopped
+    assert "about 4.0 GiB expected, limit 3 GiB" in foreseen.stopped
     said = advance(tmp_path, {"out_of_memory": "can't allocate memory"}, max_bytes=3 * 2**30)[0]
-    assert said.stopped == "at 4 frames: out of memory, limit 3.0 GiB"
+    assert said.stopped == "at 4 frames: out of memory, limit 3 GiB"
     killed = study.WorkerDied("killed by signal 9, most likely for lack of memory")
     assert advance(tmp_path, killed)[0].stopped == f"at 4 frames: {killed}"
     with pytest.raises(RuntimeError, match="maps failed at 4 frames: ValueError: no"):
@@ -180,20 +180,27 @@ def test_stopping_is_said(tmp_path):
 
 def test_short_counts_are_repeated_and_the_first_run_is_warm_up():
     slow, fast = Curve("a", [Point(2, (9.0,), 7)]), Curve("b", [Point(2, (0.1,), 7)])
-    waiting = FakeWorker({**REPLY, "seconds": 0.4, "wait": 0.01})
-    running = [(waiting, slow), (FakeWorker({**REPLY, "seconds": 0.2}), fast)]
-    first = {"a": [{**REPLY, "seconds": 0.6, "peak_bytes": 9}], "b": [{**REPLY, "seconds": 0.4}]}
-    study._rounds(running, 2, first, Settings(repeat_seconds=1.5))
-    assert slow.points[0] == Point(2, (0.4,) * 3, 9, (0.5,) * 3, 0.01)
-    assert fast.points[0].times == (0.2,) * 3
+    waiting = FakeWorker({**REPLY, "seconds": 0.5, "wait": 0.01})
+    running = [(waiting, slow), (FakeWorker({**REPLY, "seconds": 0.25}), fast)]
+    first = {"a": [{**REPLY, "seconds": 2.0, "peak_bytes": 9}], "b": [{**REPLY, "seconds": 0.4}]}
+    study._rounds(running, 2, first, Settings(repeat_seconds=1.5), 60.0)  # a slow first run does not lower the number
+    assert slow.points[0] == Point(2, (0.5,) * 4, 9, (0.5,) * 4, 0.01)
+    assert fast.points[0].times == (0.25,) * 4
     assert Study([2], [slow, fast]).ratio("a", "b", 2) == 2.0
     waiting.reply["wait"] = 0.5  # twice as many rounds, and none of them quiet: all count
-    study._rounds(running, 2, first, Settings(repeat_seconds=1.5))
-    assert slow.points[0].runs == 6
+    study._rounds(running, 2, first, Settings(repeat_seconds=1.5), 60.0)
+    assert slow.points[0].runs == 8
     assert slow.points[0].wait == 0.5
+
+
+@pytest.mark.parametrize(("left", "times"), [(60.0, (9.0, 8.0, 8.0)), (12.0, (9.0, 8.0)), (5.0, (9.0,))])
+def test_long_counts_are_repeated_as_the_budget_allows_and_the_first_run_counts(left, times):
     long = Curve("a", [Point(2, (9.0,), 7)])
-    study._rounds([(running[0][0], long)], 2, {"a": [{**REPLY, "seconds": 9.0}]}, Settings(repeat_seconds=1.5))
-    assert long.points[0].times == (9.0,)
+    running, first = [(FakeWorker({**REPLY, "seconds": 8.0}), long)], {"a": [{**REPLY, "seconds": 9.0}]}
+    study._rounds(running, 2, first, Settings(repeat_seconds=1.5), left)
+    assert long.points[0].times == (9.0,)  # nothing asks for more
+    study._rounds(running, 2, first, Settings(repeat_seconds=1.5, min_rounds=2), left)
+    assert long.points[0].times == times
 
 
 def test_a_killed_process_is_noticed(tmp_path, importable):
@@ -209,13 +216,20 @@ def test_pictures_name_every_contestant_and_every_end(tmp_path):
         Curve("maps", [Point(2, (3.0,), 2**33)], "at 40 frames: out of memory", "memory", 40),
         Curve("SDPA + mask", [Point(2, (2.9,), 2**30)], "before 40 frames: about 9 s expected", "time", 40),
         Curve("gate4d", [Point(2, (2.0,), 2**20), Point(40, (10.0,), 2**21)]),
+        Curve("FlexAttention", [], "at 2 frames: out of memory", "memory", 2),
     ]
     drawn = Study([2, 40], curves, {2: 1e-7}, 261, "measured", 2)
     plots.draw(tmp_path / "curves", drawn, "title", counted={"gate4d": [(2, 2**20), (40, 2**21)]})
     assert np.asarray(Image.open(tmp_path / "curves.png").convert("L")).std() > 5
     text = (tmp_path / "curves.svg").read_text()
-    for said in (*(c.name for c in curves), "out of memory", "time budget", "counted from shapes", "title"):
-        assert f"<!-- {said} -->" in text
+    names = ("gate4d", "maps", "SDPA + mask", "FlexAttention")
+    ends = ("out of memory at 40 frames", "time budget before 40 frames", "out of memory at 2 frames")
+    for said in (*names, *(f"\N{MULTIPLICATION SIGN} {end}" for end in ends), "counted from shapes", "title"):
+        assert f"{said} -->" in text
+    assert "memory limit" not in text
     plots.draw(tmp_path / "again", drawn, "title", counted={"gate4d": [(2, 2**20), (40, 2**21)]})
     assert (tmp_path / "again.svg").read_text() == text
+    plots.draw(tmp_path / "none", Study([2, 40], [curves[-1]]), "nobody fitted", limit=2**20)
+    plots.draw(tmp_path / "limited", drawn, "title", limit=2**30)
+    assert "memory limit" in (tmp_path / "limited.svg").read_text()
     assert json.loads(json.dumps(curves[2].points[1].as_dict()))["fps"] == 4.0

@@ -1,4 +1,4 @@
-"""``gate4d bench --systems``: it compares what is the same and prints what was measured; and VGGT4D's memory."""
+"""``gate4d bench systems``: it compares what is the same and prints what was measured; and VGGT4D's memory."""
 
 import json
 
@@ -51,7 +51,7 @@ def test_a_wrong_system_is_not_timed(id, peaks, monkeypatch):
 def test_command(peaks, monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(rows, "QUICK", TINY)
     path = tmp_path / "systems.json"
-    assert cli.main(["bench", "--systems", "--quick", "--threads", "1", "--only", "S1,S6", "--json", str(path)]) == 0
+    assert cli.main(["bench", "systems", "--quick", "--threads", "1", "--only", "S1,S6", "--json", str(path)]) == 0
     printed = capsys.readouterr().out
     assert max(map(len, printed.splitlines())) <= 80
     assert "over plain: authors' way" in printed
@@ -60,8 +60,8 @@ def test_command(peaks, monkeypatch, tmp_path, capsys):
     assert cli.main(["bench", "--markdown", str(path)]) == 0
     assert "| S6 | VGGT4D, 12 frames: peak / plain | 1.091 |" in capsys.readouterr().out
     document = tmp_path / "DOC.md"
-    document.write_text("<!-- begin: gate4d bench --systems -->\n<!-- end: gate4d bench --systems -->\n")
-    assert cli.main(["bench", "--systems", "--markdown", str(path), "--into", str(document)]) == 0
+    document.write_text("<!-- begin: gate4d bench systems -->\n<!-- end: gate4d bench systems -->\n")
+    assert cli.main(["bench", "systems", "--markdown", str(path), "--into", str(document)]) == 0
     assert document.read_text().count("| S1 |") == 2
     assert cli.main(["bench", "--only", "list"]) == 0
     assert "S1" not in capsys.readouterr().out

@@ -196,11 +196,17 @@ def _backward(s: Setup, tokens: int, gate_gradients: bool):
     return {"backward": backward(out, *((q, k, v, motion)[: len(names)]))}, peers, check
 
 
-def _received(s: Setup, tokens: int):
+def _received(s: Setup, tokens: int, peer: str | None = None):
+    """Against one forward pass, or against a peer that finds lse itself while here the forward pass has left it."""
     q, k, v, _ = inputs(s, tokens // s.unit)
     tokens = q.shape[2]
     _, aux = gate4d.gated_attention(q, k, v, return_aux=True, backend=s.backend)
     step = partial(gate4d.received_attention, q, k, aux.lse, over=("queries",), backend=s.backend)
+
+    if peer is None:
+        others: dict[str, Step] = {"forward": partial(gate4d.gated_attention, q, k, v, backend=s.backend)}
+    else:
+        others = {peer: PEERS[peer].build(Inputs(q, k, v))}
 
     def check() -> None:
         got = step()
@@ -208,9 +214,15 @@ def _received(s: Setup, tokens: int):
         p = (q.double() @ k[:, :, keys].double().mT * s.dim**-0.5 - aux.lse.double()[..., None]).exp()
         _compare("the mean", got.mean[..., keys].to(q.dtype), p.mean(2), 4)
         _compare("the variance", got.variance()[..., keys].to(q.dtype), p.var(2), 8)
+        if peer is not None:
+            _compare(f"the mean of {peer}", others[peer]()[0][..., keys], p.mean(2), 4)
 
-    forward = partial(gate4d.gated_attention, q, k, v, backend=s.backend)
-    return {"received": step}, {"forward": forward}, check
+    return {"received": step}, others, check
+
+
+def _reducers(s: Setup) -> list[str]:
+    """Peers for the attention received that can run here."""
+    return [p.name for p in PEERS.values() if p.needs_cuda and not p.reasons("received", s.device)]
 
 
 def plan(s: Setup = FULL) -> list[Work]:
@@ -230,6 +242,7 @@ def plan(s: Setup = FULL) -> list[Work]:
         Work("G5 gate on keys alone", None, partial(_forward, s, 32768, "keys")),
         Work("G6 frame-causal, 64 frames", 0.56, partial(_forward, s, 0, "none", frames=frames), 40),
         Work("G7 attention received / forward", 0.6, partial(_received, s, 32768)),
+        *(Work(f"G7 received, given lse / {n}", None, partial(_received, s, 32768, n)) for n in _reducers(s)),
         *pipelines.plan(s),
         *hopper.plan(s),
     ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import json
 import os
 import sys
@@ -19,6 +20,7 @@ _COLUMNS = "{:<4}{:<37}{:>11}{:>7}{:>13}{:>8}"
 
 WHAT = {
     "targets": "every performance target beside its peers (default)",
+    "systems": "what each of the five systems adds to its plain backbone (S1 to S6)",
     "sequences": "whole backbones over growing frame counts: speed, latency, memory, pictures, predictions",
     "peers": "one operation at one model's shape, every implementation that can run, and why the others cannot",
     "suite": "pytest-benchmark levels operation, module, system; ratios compared with the stored baseline",
@@ -28,10 +30,7 @@ WHAT = {
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of ``gate4d bench``."""
     parser.add_argument("what", nargs="?", default="targets", metavar="WHAT", help=_listed(WHAT))
-    parser.add_argument(
-        "--systems", action="store_true", help="targets: the five systems' extra work instead (S1 to S6)"
-    )
-    parser.add_argument("--only", metavar="A,B", help="these targets, backbones or (as in pytest -k) suite cases")
+    parser.add_argument("--only", metavar="A,B", help="these targets, backbones or suite cases (as in pytest -k)")
     parser.add_argument("--quick", action="store_true", help="fewer heads, repetitions and frame counts")
     parser.add_argument("--threads", type=int, metavar="N", help="torch threads (default: every usable core)")
     parser.add_argument("--backend", default="auto", help="implementation of gate4d to measure (default: auto)")
@@ -40,13 +39,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--markdown", type=Path, metavar="FILE", help="measure nothing: show a results file")
     parser.add_argument("--into", type=Path, metavar="DOC", help="with --markdown: replace the marked part of DOC")
+    parser.add_argument("--against", type=Path, metavar="FILE", help="how far ratios are from those of a results file")
+    parser.add_argument(
+        "--memory", type=float, metavar="GIB", help="sequences: what a process may grow by (default: 2)"
+    )
     parser.add_argument("--operation", default="gated", help="peers: which operation (default: gated)")
     parser.add_argument("--shape", help="peers: a shape of the registry (default: the operation's own)")
     parser.add_argument("--frames", type=int, help="peers: frames (default: the operation's own)")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"), help="peers: dtype")
     parser.add_argument("--list", action="store_true", help="peers: measure nothing, list operations, shapes, peers")
     parser.add_argument("--baseline", type=Path, metavar="FILE", help="suite: stored ratios (default: the committed)")
-    parser.add_argument("--tolerance", type=float, help="suite: allowed growth of a ratio (default: 0.15)")
+    parser.add_argument("--tolerance", type=float, help="of ratios (default: suite 0.15, --against 0.10)")
     parser.add_argument("--save", type=Path, metavar="FILE", help="suite: store this run's ratios as a baseline")
 
 
@@ -55,29 +58,52 @@ def _listed(what: dict[str, str]) -> str:
 
 
 def run(args: argparse.Namespace) -> int:
-    """0 if everything was measured (a missed target is a result), 1 if a row failed or a ratio regressed, 130 if
-    interrupted."""
+    """0 if everything was measured (a missed target is a result), 1 if a row failed, a ratio regressed or ratios are
+    apart, 130 if interrupted."""
     if args.what not in WHAT:
         raise ValueError(f"WHAT must be one of {', '.join(WHAT)}, got {args.what!r}.")
     if args.into is not None and args.markdown is None:
         raise ValueError("--into needs --markdown FILE, the results to show.")
+    if args.tolerance is not None and not args.tolerance >= 0:
+        raise ValueError(f"--tolerance must be 0 or more (0.15 allows 15 %), got {args.tolerance:g}.")
+    if args.against is not None:
+        from gate4d.benchmarks import report
+
+        if args.what in ("peers", "suite"):
+            raise ValueError(f"--against is for targets, systems and sequences, got {args.what!r} (suite: --baseline).")
+        report.load(args.against)  # a bad file is said before anything is measured
     if args.markdown is not None:
         return _show(args)
     if args.json is not None and not args.json.absolute().parent.is_dir():
         raise ValueError(f"--json must be in an existing folder, got {str(args.json)!r}.")
-    return {"targets": _targets, "sequences": _sequences, "peers": _peers, "suite": _suite}[args.what](args)
+    commands = {"sequences": _sequences, "peers": _peers, "suite": _suite}
+    return commands.get(args.what, _targets)(args)
 
 
 def _show(args: argparse.Namespace) -> int:
     from gate4d.benchmarks import report
 
     result = report.load(args.markdown)
+    if args.against is not None:
+        return 0 if _agrees(args, result) else 1
     text = report.markdown(result)
     if args.into is None:
         print(text, end="")
     else:
         report.write_into(args.into, text, report.KINDS[report.kind(result)])
     return 0
+
+
+def _agrees(args: argparse.Namespace, result: dict) -> bool:
+    """Print how far ``result`` is from the file of ``--against``; True without one."""
+    from gate4d.benchmarks import agreement, report
+
+    if args.against is None:
+        return True
+    tolerance = agreement.TOLERANCE if args.tolerance is None else args.tolerance
+    lines, agree = agreement.compare(result, report.load(args.against), tolerance)
+    print("\n" + "\n".join(lines))
+    return agree
 
 
 def _surroundings(args: argparse.Namespace, effort, threads: int) -> dict:
@@ -91,7 +117,7 @@ def _surroundings(args: argparse.Namespace, effort, threads: int) -> dict:
 
 
 def _sequences(args: argparse.Namespace) -> int:
-    from gate4d.benchmarks import plots, sequences
+    from gate4d.benchmarks import plots, report, sequences
 
     if args.only == "list":
         print("\n".join(f"{s.name:<13}{s.stands_for}" for s in sequences.SEQUENCES.values()))
@@ -99,6 +125,10 @@ def _sequences(args: argparse.Namespace) -> int:
     chosen = _choose(args.only, list(sequences.SEQUENCES))
     plots.pyplot()  # a missing matplotlib is said before anything is measured
     effort = sequences.QUICK if args.quick else sequences.FULL
+    if args.memory is not None:
+        if not args.memory > 0:
+            raise ValueError(f"--memory must be more than 0 (GiB a process), got {args.memory:g}.")
+        effort = dataclasses.replace(effort, max_bytes=int(args.memory * 2**30))
     results = Path("benchmarks/results")
     file = args.json or (results if results.is_dir() else Path()) / "sequences-latest.json"
     threads = _threads(args.threads)
@@ -112,7 +142,7 @@ def _sequences(args: argparse.Namespace) -> int:
     for line in lines:
         print("\n".join(textwrap.wrap(line, _WIDTH, subsequent_indent="    ")) if len(line) > _WIDTH else line)
     print(f"written to {file} and pictures (.png, .svg) beside it")
-    return 0 if complete else 1
+    return 0 if complete and _agrees(args, report.load(file)) else 1
 
 
 def _peers(args: argparse.Namespace) -> int:
@@ -142,8 +172,6 @@ def _suite(args: argparse.Namespace) -> int:
     from gate4d.benchmarks import baseline, rows
 
     tolerance = baseline.TOLERANCE if args.tolerance is None else args.tolerance
-    if not tolerance >= 0:
-        raise ValueError(f"--tolerance must be 0 or more (0.15 allows 15 %), got {tolerance:g}.")
     file = args.baseline or (baseline.STORED if baseline.STORED.exists() else None)
     stored = None if file is None else baseline.load(file)
     if args.save is not None and not args.save.absolute().parent.is_dir():
@@ -166,7 +194,8 @@ def _suite(args: argparse.Namespace) -> int:
 def _targets(args: argparse.Namespace) -> int:
     from gate4d.benchmarks import report, rows
 
-    targets = {name: t for name, t in rows.load_targets().items() if name.startswith("S") == args.systems}
+    systems = args.what == "systems"
+    targets = {name: t for name, t in rows.load_targets().items() if name.startswith("S") == systems}
     if args.only == "list":
         print("\n".join(f"{t.id:<4}{t.what}" for t in targets.values()))
         return 0
@@ -194,7 +223,8 @@ def _targets(args: argparse.Namespace) -> int:
     if interrupted:
         print("interrupted: the table ends where the run did", file=sys.stderr)
         return 130
-    return int(any(row.error is not None for row in measured))
+    failed = any(row.error is not None for row in measured)
+    return 0 if not failed and _agrees(args, result) else 1
 
 
 def table(result: dict) -> list[str]:

@@ -54,6 +54,7 @@ class Config:
             evaluation set's.
         causal: share of the steps that are causal over frames.
         forcing: whether MoRe's attention forcing is part of the loss.
+        pose: factor on the weights of the pose terms, whose gradients are the largest and, late, the least regular.
         lr, warmup, cooldown, weight_decay, clip: of AdamW; the gradient's norm is clipped.
         ema: decay of the averaged weights, which are what is exported.
         bf16: whether the model runs under bf16 autocast.
@@ -71,6 +72,7 @@ class Config:
     pace: tuple[float, float] = (0.1, 2.0)
     causal: float = 0.6
     forcing: bool = True
+    pose: float = 1.0
     lr: float = 1e-3
     warmup: int = 100
     cooldown: int = 800
@@ -104,7 +106,8 @@ class Config:
 
 def recipe(config: Config) -> MoreRecipe:
     """The terms of the loss and their weights."""
-    standard = MoreRecipe(pose=2.0, rotation=20.0, translation=30.0, depth=1.0, motion=4.0)
+    poses = {"pose": 2.0 * config.pose, "rotation": 20.0 * config.pose, "translation": 30.0 * config.pose}
+    standard = MoreRecipe(**poses, depth=1.0, motion=4.0)
     return standard if config.forcing else replace(standard, forcing=0.0)
 
 
@@ -249,7 +252,7 @@ class Training:
             ValueError: it is of another configuration (what concerns only later steps may differ, and the forcing).
         """
         state = torch.load(path or self.checkpoint, map_location=self.device, weights_only=True)
-        free = ("steps", "cooldown", "forcing", "log_depth_after")
+        free = ("steps", "cooldown", "forcing", "pose", "log_depth_after")
         theirs = {n: tuple(x) if isinstance(x, list) else x for n, x in state["config"].items()}
         for name, ours in asdict(self.config).items():
             if name not in free and theirs.get(name) != ours:
