@@ -24,9 +24,9 @@ from ..visibility import Visibility
 # VGGT4D's recipe speaks of 24 blocks. This one is for the four of the small alternating model: see .recipe.
 SHALLOW = GramRecipe(
     {
-        "S_deep": GramMap("kk", (3,), "mean"),
-        "S_mid": GramMap("qk", (1,), "mean"),
-        "V_sh": GramMap("qq", (0,), "std", inverted=True),
+        "S_deep": GramMap("qq", (2, 3), "std"),
+        "S_mid": GramMap("qq", (0, 1), "std", inverted=True),
+        "V_sh": GramMap("kk", (0,), "std", inverted=True),
     },
     window=(-3, -2, -1, 1, 2, 3),
 )
