@@ -138,17 +138,26 @@ class Row:
             for c in self.cubins
         )
 
+    @property
+    def tile(self) -> str:
+        """Tile, warps, stages."""
+        blocks = "x".join(str(self.launch.args[f"BLOCK_{x}"]) for x in "MNK" if f"BLOCK_{x}" in self.launch.args)
+        return f"{blocks}, " + ", ".join(map(str, list(self.launch.options.values())[:2]))
+
     def cells(self) -> list[str]:
         """Tile; the most registers and memory of each kind; the fewest matrix instructions; EX2 of all variants."""
-        blocks = "x".join(str(self.launch.args[f"BLOCK_{x}"]) for x in "MNK" if f"BLOCK_{x}" in self.launch.args)
-        tile = f"{blocks}, " + ", ".join(map(str, list(self.launch.options.values())[:2]))
         most = [max(getattr(c, name) for c in self.cubins) for name in ("registers", "stack", "shared", "tensor")]
         matrix = [str(min(c.count(op) for c in self.cubins)) for op in ("HGMMA", "UTCHMMA", "HMMA")]
         ex2 = sorted({c.count("MUFU.EX2") for c in self.cubins})
         return [
-            tile, str(len(self.cubins)), str(most[0]), str(most[1]), f"{most[2] / 1024:.0f}", str(most[3]), *matrix,
-            "/".join(map(str, ex2)),
+            self.tile, str(len(self.cubins)), str(most[0]), str(most[1]), f"{most[2] / 1024:.0f}", str(most[3]),
+            *matrix, "/".join(map(str, ex2)),
         ]  # fmt: skip
+
+
+def kernel_name(launch: Launch) -> str:
+    """The kernel as the table calls it."""
+    return launch.kernel.__name__.removesuffix("_kernel") + (", statistics" if launch.args.get("ROW_STATS") else "")
 
 
 def rows(capability: tuple[int, int], dtype: torch.dtype, dims: Sequence[int], store: Store) -> dict[tuple, Row]:
@@ -156,8 +165,7 @@ def rows(capability: tuple[int, int], dtype: torch.dtype, dims: Sequence[int], s
     found: dict[tuple, Row] = {}
     for dim, variant in selectable(dtype, dims):
         for launch in launches(capability, dtype, dim, variant):
-            kernel = launch.kernel.__name__.removesuffix("_kernel")
-            key = kernel + (", statistics" if variant.row_stats else ""), dim
+            key = kernel_name(launch), dim
             found.setdefault(key, Row(launch, [])).cubins.append(store.compile(launch, capability))
     return found
 
