@@ -19,6 +19,7 @@ from .triton_runtime import Launch
 
 # Largest dynamic shared memory of a block, bytes (CUDA C++ Programming Guide, technical specifications).
 SHARED_LIMIT = {(8, 0): 163 * 1024, (9, 0): 227 * 1024, (10, 0): 227 * 1024}
+TENSOR_LIMIT = 512  # columns of tensor memory of a processor, Blackwell's; kernels for older ones use none
 _TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 
@@ -30,6 +31,7 @@ class Cubin:
         registers: per thread.
         stack, local: bytes of local memory per thread; anything but 0 is a spill or a run-time indexed array.
         shared: bytes of shared memory per block, static and dynamic.
+        tensor: columns of tensor memory per block.
         opcodes: number of instructions in the machine code per opcode with its modifiers.
     """
 
@@ -39,6 +41,7 @@ class Cubin:
     stack: int
     local: int
     shared: int
+    tensor: int
     opcodes: dict[str, int]
 
     def count(self, prefix: str) -> int:
@@ -61,7 +64,7 @@ def compile_launch(launch: Launch, capability: tuple[int, int]) -> Cubin:
         opcodes[op] = opcodes.get(op, 0) + 1
     return Cubin(
         launch.kernel.__name__, capability, numbers["REG"], numbers["STACK"], numbers["LOCAL"],
-        max(numbers["SHARED"], compiled.metadata.shared), opcodes,
+        max(numbers["SHARED"], compiled.metadata.shared), compiled.metadata.tmem_size, opcodes,
     )  # fmt: skip
 
 

@@ -7,6 +7,8 @@ A covering subset: every tile width and type, the variants that need the most re
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import product
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,8 +16,8 @@ import torch
 pytest.importorskip("triton", reason="pip install gate4d[triton]")
 
 from gate4d.kernels.attention import triton_configs
-from gate4d.kernels.cubin import SHARED_LIMIT, Cubin, compile_launch
-from gate4d.kernels.cubin_table import MAIN, VARIANTS, Variant, launches
+from gate4d.kernels.cubin import SHARED_LIMIT, TENSOR_LIMIT, Cubin, compile_launch
+from gate4d.kernels.cubin_table import DTYPES, HEAD_DIMS, HEADER, MAIN, VARIANTS, Row, Variant, kernel_name, launches
 
 BF16, HALF, SINGLE = torch.bfloat16, torch.float16, torch.float32
 PLAIN, PAIRWISE, KEYS, HALF_POWER, ANY_POWER, UNNORMALISED, STATS = VARIANTS
@@ -46,6 +48,15 @@ CASES = [
     (AMPERE, SINGLE, 64, PLAIN, CROSS),
     (BLACKWELL, BF16, 64, HALF_POWER, FORWARD),
     (BLACKWELL, HALF, 128, KEYS, QUERY),
+    (BLACKWELL, HALF, 72, UNNORMALISED, RECEIVED),
+    (BLACKWELL, BF16, 80, PLAIN, KEY),
+    (BLACKWELL, BF16, 128, STATS, FORWARD),
+    (BLACKWELL, BF16, 128, PAIRWISE, QUERY),
+    (BLACKWELL, BF16, 256, KEYS, RECEIVED),
+    (BLACKWELL, HALF, 256, HALF_POWER, FORWARD),
+    (BLACKWELL, SINGLE, 32, STATS, FORWARD),
+    (BLACKWELL, SINGLE, 256, ANY_POWER, RECEIVED),
+    (BLACKWELL, BF16, 64, PLAIN, CROSS),
 ]
 
 
@@ -56,6 +67,7 @@ def test_no_local_memory_and_within_limits(
     (c,) = compiled(capability, dtype, dim, variant, kernel)
     assert (c.stack, c.local, c.count("LDL"), c.count("STL")) == (0, 0, 0, 0), f"spills: {c.stack} bytes"
     assert 0 < c.shared <= SHARED_LIMIT[capability], f"{c.shared} bytes of shared memory"
+    assert c.tensor <= TENSOR_LIMIT, f"{c.tensor} columns of tensor memory"
     assert c.registers <= 255
     assert c.count("MUFU.EX2") > 0 or kernel == CROSS
     # At 256, and with rows loaded element by element, the tiles of the last pass that Hopper's instruction needs
@@ -63,6 +75,30 @@ def test_no_local_memory_and_within_limits(
     if dtype != SINGLE and not ((dim == 256 or dim % 16) and kernel == KEY):
         matrix = {AMPERE: "HMMA", HOPPER: "HGMMA", BLACKWELL: "UTCHMMA"}[capability]
         assert c.count(matrix) > 0, f"does not use {matrix}: {sorted(c.opcodes)}"
+
+
+def test_the_table_is_of_what_is_selected() -> None:
+    """Every architecture, type and head dimension, with the tiles that are selected now; nothing in local memory."""
+    table = Path(__file__).parents[1] / "docs" / "cubins.md"
+    found = {}
+    for section in table.read_text().split("## sm_")[1:]:
+        arch, *lines = section.splitlines()
+        capability = divmod(int(arch), 10)
+        for cells in ([c.strip() for c in x.strip("|").split("|")] for x in lines if x.startswith("|")):
+            if cells[0] == "kernel":
+                assert tuple(cells) == HEADER
+            elif not cells[0].startswith("-"):
+                row = dict(zip(HEADER, cells, strict=True))
+                found[capability, row["kernel"], row["type"], int(row["head dim"])] = row[HEADER[3]]
+                assert row["local"] == "0", row
+                assert int(row["shared"]) * 1024 <= SHARED_LIMIT[capability], row
+                assert int(row["tensor"]) <= TENSOR_LIMIT, row
+    selected = {
+        (capability, kernel_name(x), str(dtype).removeprefix("torch."), dim): Row(x, []).tile
+        for capability, dtype, dim, variant in product(SHARED_LIMIT, DTYPES, HEAD_DIMS, (PLAIN, STATS))
+        for x in launches(capability, dtype, dim, variant)
+    }
+    assert found == selected
 
 
 def test_gate_costs_no_transcendental() -> None:
