@@ -19,6 +19,7 @@ from .triton_runtime import Launch
 
 # Largest dynamic shared memory of a block, bytes (CUDA C++ Programming Guide, technical specifications).
 SHARED_LIMIT = {(8, 0): 163 * 1024, (9, 0): 227 * 1024, (10, 0): 227 * 1024}
+CONSUMER_SHARED_LIMIT = 99 * 1024  # of 8.6, 8.9 and 12.x
 TENSOR_LIMIT = 512  # columns of tensor memory of a processor, Blackwell's; kernels for older ones use none
 _TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 

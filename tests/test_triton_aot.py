@@ -16,7 +16,7 @@ import torch
 pytest.importorskip("triton", reason="pip install gate4d[triton]")
 
 from gate4d.kernels.attention import triton_configs
-from gate4d.kernels.cubin import SHARED_LIMIT, TENSOR_LIMIT, Cubin, compile_launch
+from gate4d.kernels.cubin import CONSUMER_SHARED_LIMIT, SHARED_LIMIT, TENSOR_LIMIT, Cubin, compile_launch
 from gate4d.kernels.cubin_table import DTYPES, HEAD_DIMS, HEADER, MAIN, VARIANTS, Row, Variant, kernel_name, launches
 
 BF16, HALF, SINGLE = torch.bfloat16, torch.float16, torch.float32
@@ -75,6 +75,23 @@ def test_no_local_memory_and_within_limits(
     if dtype != SINGLE and not ((dim == 256 or dim % 16) and kernel == KEY):
         matrix = {AMPERE: "HMMA", HOPPER: "HGMMA", BLACKWELL: "UTCHMMA"}[capability]
         assert c.count(matrix) > 0, f"does not use {matrix}: {sorted(c.opcodes)}"
+
+
+@pytest.mark.parametrize(
+    ("capability", "dtype", "dim", "variant", "kernel"),
+    [
+        ((8, 9), SINGLE, 256, ANY_POWER, FORWARD),
+        ((12, 0), BF16, 64, HALF_POWER, KEY),
+        ((12, 0), BF16, 256, HALF_POWER, QUERY),
+        ((12, 0), BF16, 64, PLAIN, CROSS),
+    ],
+    ids=str,
+)
+def test_consumer_cards_have_less_shared_memory(capability, dtype, dim, variant, kernel) -> None:
+    (c,) = compiled(capability, dtype, dim, variant, kernel)
+    assert (c.stack, c.local, c.tensor) == (0, 0, 0)
+    assert c.shared <= CONSUMER_SHARED_LIMIT
+    assert dtype == SINGLE or c.count("HMMA") > 0
 
 
 def test_the_table_is_of_what_is_selected() -> None:

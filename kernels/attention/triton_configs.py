@@ -76,6 +76,16 @@ _BLACKWELL: Table = {
     ("forward_stats", 4): {64: (32, 32, 8, 1, 255), 128: (32, 32, 8, 1), 256: (32, 32, 8, 2)},
     ("received", 4): {64: (32, 32, 8, 1, 128), 128: (32, 32, 8, 1, 128), 256: (16, 32, 8, 1, 128)},
 }
+# On consumer cards (8.6, 8.9, 12.x: 99 KiB of shared memory a block and no tensor memory), over Ampere's.
+_CONSUMER: Table = {
+    ("forward", 2): {64: (128, 64, 8, 3), 128: (64, 32, 8, 2, 255), 256: (64, 32, 8, 2)},
+    ("forward_stats", 2): {64: (128, 64, 8, 3), 128: (64, 32, 8, 2, 255), 256: (64, 32, 8, 2)},
+    ("grad_key", 2): {64: (32, 32, 8, 2), 128: (32, 32, 8, 1), 256: (32, 32, 8, 1)},
+    ("forward", 4): {64: (32, 32, 8, 1), 128: (32, 32, 8, 1), 256: (16, 32, 8, 1, 255)},
+    ("forward_stats", 4): {64: (32, 32, 8, 1), 128: (32, 32, 8, 1), 256: (16, 32, 8, 1, 255)},
+    ("grad_key", 4): {64: (16, 32, 8, 1, 255), 128: (16, 32, 8, 1), 256: (16, 16, 8, 1, 255)},
+    ("received", 4): {64: (32, 32, 8, 1, 128), 128: (32, 32, 8, 1, 128), 256: (16, 32, 8, 1, 128)},
+}
 _UNALIGNED: dict[tuple[str, int], tuple[int, ...]] = {
     ("forward", 2): (64, 32, 8, 2, 255),
     ("forward_stats", 2): (64, 32, 8, 2, 255),
@@ -93,7 +103,9 @@ def config(kind: str, capability: tuple[int, int], dtype: torch.dtype, width: in
         ):  # fmt: skip
             return Config(**row["config"])
     key = (kind, 4 if dtype == torch.float32 else 2)
-    newer = _BLACKWELL if capability >= (10, 0) else _HOPPER if capability >= (9, 0) else {}
+    newer = _CONSUMER if capability in ((8, 6), (8, 9)) or capability >= (12, 0) else {}
+    if (9, 0) <= capability < (12, 0):
+        newer = _HOPPER if capability < (10, 0) else _BLACKWELL
     table = newer.get(key, _AMPERE[key])
     # Rows that Triton does not know to be aligned are loaded element by element, with an address each.
     return Config(*(table[max(64, width)] if aligned else _UNALIGNED.get(key, table[256])))
