@@ -83,7 +83,7 @@ class Effort:
 
 
 FULL = Effort("full", None, None, 20.0, 7, 31, (4096, 16384, 65536), 2, 0.05)
-QUICK = Effort("quick", 4, None, 2.5, 5, 15, (4096, 16384), 2, 0.05)
+QUICK = Effort("quick", 4, None, 2.0, 5, 15, (4096, 16384), 2, 0.05)
 
 
 @dataclass(frozen=True)
