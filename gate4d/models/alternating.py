@@ -257,6 +257,10 @@ class CameraHead(nn.Module):
         before: Tensor | None = None,
     ) -> Tensor:
         """Camera tokens ``[B, T, C]`` to ``[B, T, 9]``; ``before [B, 9]`` is the pose of the frame before them."""
+        return chained(self.steps(tokens, causal, caches), before)
+
+    def steps(self, tokens: Tensor, causal: bool = False, caches: list[FrameKVCache] | None = None) -> Tensor:
+        """What each frame's camera did since the frame before, ``[B, T, 9]``."""
         x = self.token_norm(tokens)
         visible = Visibility.frame_causal(TokenLayout(x.shape[1], 1)) if causal else None
         for i, block in enumerate(self.trunk):
@@ -269,7 +273,7 @@ class CameraHead(nn.Module):
         # would be larger.
         move, turn, field = raw.split((3, 4, 2), dim=-1)
         quaternion = F.normalize(0.02 * turn + raw.new_tensor((0.0, 0.0, 0.0, 1.0)), dim=-1)
-        return chained(torch.cat((0.02 * move, quaternion, torch.pi * torch.sigmoid(field - 0.5)), dim=-1), before)
+        return torch.cat((0.02 * move, quaternion, torch.pi * torch.sigmoid(field - 0.5)), dim=-1)
 
 
 class DenseHead(nn.Module):

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import importlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -63,7 +65,8 @@ def load(name_or_path: str | Path, device: torch.device | str = "cpu") -> nn.Mod
 def metadata(name_or_path: str | Path) -> dict[str, str]:
     """What a file of weights says about its training; see :func:`load`."""
     path = FOLDER / f"{name_or_path}.safetensors" if str(name_or_path) in MODELS else Path(name_or_path)
-    return read_safetensors(path)[1]
+    with _opened(path) as file:
+        return file.metadata() or {}
 
 
 def save_weights(
@@ -81,17 +84,23 @@ def read_safetensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str
         ImportError: the package safetensors is missing; names the extra.
         WeightsError: the file is cut short, or is no safetensors file of finite numbers.
     """
-    path, package = Path(path), _safetensors()
-    try:
-        with package.safe_open(path, "pt") as file:
-            tensors = {name: file.get_tensor(name).float() for name in file.keys()}  # noqa: SIM118
-            about = file.metadata() or {}
-    except package.SafetensorError as e:
-        raise WeightsError(f"{path.name} is no intact safetensors file: {e}.") from e
+    path = Path(path)
+    with _opened(path) as file:
+        tensors, about = {name: file.get_tensor(name).float() for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
     bad = [name for name, x in tensors.items() if not bool(torch.isfinite(x).all())]
     if bad:
         raise WeightsError(f"{path.name} is corrupt: {bad[0]} holds values that are not finite.")
     return tensors, about
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    package = _safetensors()
+    try:
+        with package.safe_open(path, "pt") as file:
+            yield file
+    except package.SafetensorError as e:
+        raise WeightsError(f"{path.name} is no intact safetensors file: {e}.") from e
 
 
 def _safetensors():

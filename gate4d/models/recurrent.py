@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from ..methods.common import recurrent_steps, recurrent_views
 from ..nn import CrossAttention, RoPE2D, SelfAttention
 from .alternating import CameraHead, DenseHead, Features, LayerScale, PatchEmbed, check_clip
+from .geometry import chained
 from .matching import Matching
 
 View = dict[str, Any]
@@ -290,9 +291,10 @@ class RecurrentModel(nn.Module):
         half, quarter = self._maps(feat[..., self.dim :].flatten(0, 1), size[0] // self.patch_size, 2)
         features = Features(tokens, tokens[:, :, 0, self.dim :], None, half, quarter)
         depth, confidence = self.depth_head(features, 1).unbind(2)
-        pose = self.camera_head(features.cameras)
+        steps = self.camera_head.steps(features.cameras)
+        pose = chained(steps)
         if seen is not None:
-            pose = torch.where(seen[:, None, None], self.camera_head(features.cameras, before=before), pose)
+            pose = torch.where(seen[:, None, None], chained(steps, before), pose)
         return {
             "pose_enc": pose,
             "depth": depth.clamp(-8, 8).exp()[..., None],

@@ -122,13 +122,13 @@ def clips(config: Config, step: int, cache: Path | None = None) -> tuple[procedu
 
 def rendered(count: int, length: int, config: Config, seed: int, step: int, cache: Path | None = None):
     """A batch of clips; ``cache`` is a folder where trainings on the same clips share them (colours in 8 bits)."""
-    clips = procedural.batches(count, length, *config.size, seed=seed, start=step, pace=config.pace)
+    batches = procedural.batches(count, length, *config.size, seed=seed, start=step, pace=config.pace)
     if cache is None:
-        return next(clips)
+        return next(batches)
     sizes = "x".join(map(str, (count, length, *config.size)))
     path = cache / f"{seed}-{step}-{sizes}-{config.pace[0]:g}-{config.pace[1]:g}.pt"
     if not path.exists():
-        batch = next(clips)
+        batch = next(batches)
         atomically(path, lambda f: torch.save({**batch._asdict(), "images": (batch.images * 255).round().byte()}, f))
     stored = torch.load(path)
     return procedural.Batch(**{**stored, "images": stored["images"] / 255})
