@@ -6,7 +6,8 @@ the share of attention in the work (``N / C``, tokens over width) and the growth
 model's own at the same number of frames, at a size that two cores run. Layers come one after the other and cost the
 same, so that fewer of them change no ratio.
 
-A setup returns ``run(frames)``, which yields tokens ``[frames, P, C]``: once for a clip, frame by frame for a stream.
+A setup returns ``run(frames)``, which yields tokens ``[frames, P, C]``: once for a clip, frame by frame for a stream. A
+clip yields no frames (``[0, P, C]``) after each layer or pair, where :mod:`.study` may let another process run.
 Methods of attention:
 
 - ``gate4d``: :func:`gate4d.gated_attention`, the frame cache, closed-form statistics.
@@ -115,6 +116,10 @@ class CrossBlock(nn.Module):
         return x + self.fc2(F.gelu(self.fc1(self.norm3(x))))
 
 
+def _no_frames(like: Tensor) -> Tensor:
+    return like.new_empty(0, *like.shape[1:])  # not a view, which would keep the memory
+
+
 # alternating: VGGT, Pi3
 
 
@@ -131,6 +136,7 @@ def alternating(case: Case, pairs: int = 1) -> Run:
         over_clip = attention(case.method, *((clip, clip) if case.gated else ()))
         for frame_block, clip_block in zip(blocks[::2], blocks[1::2], strict=True):
             y = frame_block(y, in_frame)
+            yield _no_frames(y)
             y = clip_block(y.flatten(0, 1)[None], over_clip).view_as(y)
         yield y
 
@@ -178,7 +184,7 @@ class _PairCue:
         return torch.sigmoid(-centred / centred.square().mean(-1, keepdim=True).sqrt().clamp(min=1e-6))
 
 
-def pairwise(case: Case, depth: int = 2, reach: int = 2) -> Run:
+def pairwise(case: Case, depth: int = 1, reach: int = 2) -> Run:
     """Each frame decoded with the ``reach`` frames after it, pair by pair; first to find what moves, then gated by it.
 
     Without the gate there is one pass.
@@ -212,6 +218,7 @@ def pairwise(case: Case, depth: int = 2, reach: int = 2) -> Run:
             for i, j in pairs:
                 attends = (plain, plain, cue.watching(plain, j), cue.watching(plain, i))
                 decode(features[i], features[j], attends)
+                yield _no_frames(features[i])
             motion = cue.motion()
             del cue
         out = torch.zeros(frames, encoder.queries, decoder.width, dtype=case.dtype)
@@ -223,6 +230,7 @@ def pairwise(case: Case, depth: int = 2, reach: int = 2) -> Run:
             a, b = decode(features[i], features[j], attends)
             out[i] += a[0]
             out[j] += b[0]
+            yield _no_frames(out)
         yield out
 
     return run
@@ -301,7 +309,7 @@ class _Concatenated:
             self.frame_ids = self.frame_ids[:first] + self.frame_ids[-self.window :]
 
 
-def streaming(case: Case, pairs: int = 2) -> Run:
+def streaming(case: Case, pairs: int = 1) -> Run:
     """Frame after frame; the blocks over the clip see the frame and what a cache holds of those before it."""
     shape = case.shape("streamvggt.cached")
     x, motion = case.tokens("streamvggt.cached", shape.width)

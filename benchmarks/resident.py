@@ -22,6 +22,7 @@ except ImportError:  # not a Unix system
     resource = None
 
 MIB = 2**20
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 LINUX_METHOD = "peak resident set of a fresh process (VmHWM, reset before each count) minus the resident set before"
 OTHER_METHOD = "peak resident set of a fresh process (ru_maxrss) minus its value at the beginning, a lower bound"
 
@@ -40,7 +41,7 @@ class ResidentMeter:
         if not self.resettable:
             return
         gc.collect()
-        _trim_heap()
+        trim_heap()
         reset_peak()
         self._before, self._files = resident("VmRSS"), resident("RssFile")
 
@@ -69,14 +70,28 @@ def resident(field: str) -> int:
     return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(field + ":")), 0)
 
 
-def limit_growth(max_bytes: int) -> bool:
-    """Let allocations beyond ``max_bytes`` more than now fail as an error in this process; False where impossible."""
+def limit_growth(max_bytes: int | None) -> bool:
+    """Let allocations beyond ``max_bytes`` more than now fail as an error in this process, None for no such limit;
+    False where impossible."""
     data = resident("VmData")
     if not data or resource is None:
         return False
-    wanted, hard = data + max_bytes, resource.getrlimit(resource.RLIMIT_DATA)[1]
+    hard = resource.getrlimit(resource.RLIMIT_DATA)[1]
+    wanted = hard if max_bytes is None else data + max_bytes
     resource.setrlimit(resource.RLIMIT_DATA, (wanted if hard == resource.RLIM_INFINITY else min(wanted, hard), hard))
     return True
+
+
+def keep_freed_memory(keep: bool) -> None:
+    """Whether glibc's allocator keeps large blocks that are freed. If it does not, the resident set is what the program
+    holds; if it does, time is the program's and not that of the system, which clears every page that it hands out.
+    What glibc does by itself is in between and depends on where blocks happen to lie."""
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (OSError, AttributeError):  # not glibc
+        return
+    mallopt(M_MMAP_THRESHOLD, 2**30 if keep else 2**17)  # blocks from this size on are taken from the system one by one
+    mallopt(M_TRIM_THRESHOLD, 2**31 - 1 if keep else 2**17)  # of free memory at the end of the heap
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -94,7 +109,8 @@ def _max_rss() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-def _trim_heap() -> None:
+def trim_heap() -> None:
+    """Hand free heap pages back to the system."""
     try:
         ctypes.CDLL(None).malloc_trim(0)
     except (OSError, AttributeError):  # not glibc

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import itertools
 import json
 import math
 from collections.abc import Callable
@@ -81,12 +80,13 @@ class Effort:
     budget: float
     repeat_seconds: float
     max_rounds: int
-    min_rounds: int = 2  # with the first run three: the median of fewer is at the mercy of one that was disturbed
+    min_rounds: int = 5  # the median of fewer is at the mercy of one that was disturbed
+    sample_seconds: float = 0.1
     max_bytes: int = 2 << 30
 
 
 FULL = Effort("full", 300.0, 4.0, 31)
-QUICK = Effort("quick", 70.0, 1.0, 15)
+QUICK = Effort("quick", 85.0, 1.5, 15)
 
 
 def case_of(contestant: str) -> dict:
@@ -96,7 +96,7 @@ def case_of(contestant: str) -> dict:
 
 
 def measure(
-    sequence: Sequence, counts: tuple[int, ...], effort: Effort, threads: int, progress: Callable[[str], None]
+    sequence: Sequence, counts: tuple[int, ...], effort: Effort, threads: int, progress: Callable[[float, str], None]
 ) -> Study:
     """Run a backbone; the outputs at the first count are compared with float64 before anything is timed further.
 
@@ -111,7 +111,13 @@ def measure(
         for name in sequence.contestants
     ]  # fmt: skip
     limits = study.Settings(
-        effort.budget, effort.max_bytes, effort.repeat_seconds, effort.max_rounds, effort.min_rounds, threads
+        effort.budget,
+        effort.max_bytes,
+        effort.repeat_seconds,
+        effort.max_rounds,
+        effort.min_rounds,
+        effort.sample_seconds,
+        threads,
     )
     verify = functools.partial(_verify, sequence.name, counts)
     return study.measure(contestants, counts, limits, progress, verify)
@@ -358,11 +364,10 @@ def run(
     for name in chosen:
         sequence = SEQUENCES[name]
         counts = sequence.counts(effort)
-        begun = itertools.count(done)
-        done += len(counts) * len(sequence.contestants)
+        before, done = done, done + len(counts) * len(sequence.contestants)
 
-        def progress(text: str, name=name, begun=begun) -> None:
-            step(next(begun), f"{name}: {text}")
+        def progress(share: float, text: str, name=name, before=before, size=done - before) -> None:
+            step(before + int(share * (size - 1)), f"{name}: {text}")
 
         try:
             result = measure(sequence, counts, effort, threads, progress)

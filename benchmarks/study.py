@@ -1,17 +1,25 @@
 """Implementations side by side over a growing number of frames, each in a process of its own.
 
-At each frame count every implementation runs once, in turn, then again in rounds of alternating order for as long as
-calls are short. Ratios are taken within a round, as in :mod:`.timing`. An implementation stops where its next count is
-expected to exceed its share of the time budget, or where it runs out of memory: its process may grow by so many bytes,
-beyond which allocations fail there and nowhere else. The others go on.
+At each frame count every implementation runs once, in turn, and its memory is measured. An implementation stops where
+its next count is expected to exceed its share of the time budget, or where it runs out of memory: its process may grow
+by so many bytes, beyond which allocations fail there and nowhere else. The others go on.
 
-Processes wait passively between parallel sections (OMP_WAIT_POLICY, unless it is set): threads that spin while another
-process has their core make small operations many times slower, by chance.
+Then come rounds in alternating order, ratios being taken within a round, as in :mod:`.timing`. What else changes is the
+machine: a neighbour's traffic on the same memory comes and goes within seconds and slows some implementations more than
+others. The rounds of a count are therefore spread over the whole study rather than run in a row, and in a round the
+implementations take turns part by part: a frame of a stream, a layer of a clip. Freed memory is kept for the next block
+in rounds and given back in first runs: memory is then what an implementation holds, time what it computes.
+
+Processes wait passively between parallel sections, and their threads stay on a core each (OMP_WAIT_POLICY,
+OMP_PROC_BIND and OMP_PLACES, unless they are set). By chance, threads that spin while another process has their core
+make small operations many times slower, and two threads of a process that wake on one core cost it 5 to 10 %.
 """
 
 from __future__ import annotations
 
+import collections
 import contextlib
+import itertools
 import json
 import math
 import os
@@ -28,6 +36,7 @@ import numpy as np
 from .timing import QUIET
 
 Outputs = Mapping[str, np.ndarray]
+FIRST_RUNS = 0.3  # of the progress: about their share of the time
 
 
 @dataclass(frozen=True)
@@ -38,7 +47,7 @@ class Contestant:
         name: shown in tables and pictures.
         setup: ``"module:function"``; the function, called with ``arguments`` (which go through JSON), returns
             ``run(frames)``, an iterable of tensors whose first axis is frames: one for a clip, one per frame for a
-            stream.
+            stream. Empty ones between them are where others may take their turn.
         group: contestants of one group compute the same thing.
     """
 
@@ -57,6 +66,7 @@ class Settings:
         max_bytes: what a contestant's process may grow by.
         repeat_seconds: a count is repeated until a contestant has this long on average, in at most ``max_rounds``.
         min_rounds: repetitions of a count whose calls are too long for that, as far as the budget goes.
+        sample_seconds: in a round, calls of a contestant are put together until they last this long.
         threads: of torch; 0 leaves torch's choice.
     """
 
@@ -65,6 +75,7 @@ class Settings:
     repeat_seconds: float = 1.0
     max_rounds: int = 5
     min_rounds: int = 0
+    sample_seconds: float = 0.0
     threads: int = 0
 
 
@@ -74,10 +85,10 @@ class Point:
 
     Attributes:
         frames: the count.
-        times: seconds of each call that counts; entry ``i`` of all contestants is the same round.
-        latencies: seconds of the last frame in each of these calls; for a clip its seconds divided by its frames.
-        peak_bytes: the largest growth of the resident set in a call.
-        wait: largest share of a call that the process's threads waited for other processes; None if unknown.
+        times: seconds a call in each round that counts; entry ``i`` of all contestants is the same round.
+        latencies: seconds of the last frame in each of them; for a clip its seconds divided by its frames.
+        peak_bytes: growth of the resident set in the first run.
+        wait: largest share of a round that the process's threads waited for other processes; None if unknown.
     """
 
     frames: int
@@ -88,12 +99,12 @@ class Point:
 
     @property
     def seconds(self) -> float:
-        """Median of the calls."""
+        """Median of the rounds."""
         return statistics.median(self.times)
 
     @property
     def runs(self) -> int:
-        """Calls that count."""
+        """Rounds that count."""
         return len(self.times)
 
     @property
@@ -182,7 +193,7 @@ class Worker:
         self._process = subprocess.Popen(
             [sys.executable, "-m", "gate4d.benchmarks.study_worker", str(file.with_suffix(".json"))],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log, text=True,
-            env={"OMP_WAIT_POLICY": "passive", **os.environ},
+            env={"OMP_WAIT_POLICY": "passive", "OMP_PROC_BIND": "true", "OMP_PLACES": "cores", **os.environ},
         )  # fmt: skip
 
     def answer(self) -> dict:
@@ -215,12 +226,12 @@ def measure(
     contestants: Sequence[Contestant],
     counts: Sequence[int],
     settings: Settings,
-    progress: Callable[[str], None] = lambda text: None,
+    progress: Callable[[float, str], None] = lambda share, text: None,
     verify: Callable[[int, Outputs], None] = lambda frames, outputs: None,
 ) -> Study:
     """Measure every contestant at every count.
 
-    ``progress`` is called with a description before each first run, ``len(counts) * len(contestants)`` times;
+    ``progress`` is called with the share that is done and a description before each first run and before each round;
     ``verify`` with the outputs at a count before it is timed further, and raises if they are wrong.
 
     Raises:
@@ -241,22 +252,24 @@ def measure(
                     raise RuntimeError(f"{worker.name} did not start: {e}") from None
                 worker.limited = ready["limited"]
                 study.memory_method, study.threads = ready["method"], ready["threads"]
+            firsts = itertools.count()
+            repeated: list[_Repeated] = []
             for n in counts:
                 outputs: dict[str, np.ndarray] = {}
-                replies: dict[str, list[dict]] = {}
+                at = _Repeated(n, settings)
                 for worker, curve in zip(workers, curves, strict=True):
-                    progress(f"{n} frames, {curve.name}")
+                    progress(FIRST_RUNS * next(firsts) / len(counts) / len(workers), f"{n} frames, {curve.name}")
                     left = _seconds_left(curve, curves, settings.budget)
                     reply = _advance(worker, curve, n, settings, left, folder, outputs)
                     if reply is not None:
-                        replies[curve.name] = [reply]
+                        at.enter(worker, curve, reply)
                 if outputs:
                     study.tokens_per_frame = next(iter(outputs.values())).shape[1]
                     verify(n, outputs)
                     if (difference := _largest_difference(contestants, outputs)) is not None:
                         study.differences[n] = difference
-                running = [(w, c) for w, c in zip(workers, curves, strict=True) if c.name in replies]
-                _rounds(running, n, replies, settings, settings.budget - sum(c.spent for c in curves))
+                    repeated.append(at)
+            _repeat(repeated, settings.budget - sum(c.spent for c in curves), available_memory(), progress)
         finally:
             for worker in workers:
                 worker.close()
@@ -305,46 +318,110 @@ def _advance(
     return reply
 
 
-def _rounds(
-    running: list[tuple[Worker, Curve]],
-    frames: int,
-    replies: dict[str, list[dict]],
-    settings: Settings,
-    left: float,
-) -> None:
-    """More rounds at a count, in alternating order; ``left`` is what all contestants have left of the budget.
+class _Repeated:
+    """A frame count, those who ran it, and its rounds."""
 
-    The first run is warm-up, unless calls are so long that fewer than three rounds follow. Rounds in which a process
-    had to wait for others are repeated, twice as many at most, and left out if any is quiet.
-    """
-    first = {name: found[0] for name, found in replies.items()}
-    rounds: list[dict[str, dict]] = []
+    def __init__(self, frames: int, settings: Settings):
+        self.frames, self.settings = frames, settings
+        self.running: list[tuple[Worker, Curve]] = []
+        self.first: dict[str, dict] = {}
+        self.rounds: list[dict[str, dict]] = []
+        self.fits = True  # nobody ran out of memory in a round
 
-    def wanted() -> int:
-        together = max(1e-9, min(sum(r["seconds"] for r in done.values()) for done in [first, *rounds]))
-        short = int(settings.repeat_seconds * len(running) / together)
-        return min(settings.max_rounds, max(short, min(settings.min_rounds, int(left / together))))
+    def enter(self, worker: Worker, curve: Curve, first: dict) -> None:
+        """Add who ran it and what its first run was like."""
+        self.running.append((worker, curve))
+        self.first[curve.name] = first
 
-    while running and sum(map(_quiet, rounds)) < wanted() and len(rounds) < 2 * wanted():
-        found = {}
-        for worker, curve in running if len(rounds) % 2 == 0 else reversed(running):
-            found[curve.name] = reply = worker.ask(frames=frames, save=None)
-            if "out_of_memory" in reply:  # it just fitted before: leave the point as it is
-                return
-            curve.spent += reply["seconds"]
-        rounds.append(found)
-    if rounds and len(rounds) < 3:
-        rounds.insert(0, first)
-    counted = [r for r in rounds if _quiet(r)] or rounds
-    for _, curve in running if counted else ():
-        own = [r[curve.name] for r in counted]
-        curve.points[-1] = Point(
-            frames,
-            tuple(r["seconds"] for r in own),
-            max(r["peak_bytes"] for r in [*own, *replies[curve.name]]),
-            tuple(r["latency"] for r in own),
-            max((r["wait"] for r in own if r["wait"] is not None), default=None),
-        )
+    def calls(self, name: str) -> int:
+        """Of a contestant, in a round."""
+        return max(1, math.ceil(self.settings.sample_seconds / max(1e-9, self.first[name]["seconds"])))
+
+    @property
+    def seconds(self) -> float:
+        """What a round takes, from the first runs."""
+        return max(1e-9, sum(self.calls(name) * reply["seconds"] for name, reply in self.first.items()))
+
+    @property
+    def quiet(self) -> list[dict[str, dict]]:
+        """The rounds in which no process had to wait for others."""
+        return [r for r in self.rounds if _quiet(r)]
+
+    def wanted(self, left: float) -> int:
+        """How many rounds, with ``left`` seconds of the budget."""
+        s, affordable = self.settings, int(left / self.seconds)
+        short = int(s.repeat_seconds * len(self.running) / self.seconds)
+        return min(s.max_rounds, max(short, min(s.min_rounds, affordable)))
+
+    def round(self, together: bool) -> None:
+        """One more, in the other order; ``together`` if what the contestants hold fits into memory side by side."""
+        found: dict[str, dict] = {}
+        waiting = self.running if len(self.rounds) % 2 == 0 else self.running[::-1]
+        begin = True
+        while waiting:
+            unfinished = []
+            for worker, curve in waiting:
+                request = {"frames": self.frames, "calls": self.calls(curve.name), "together": together}
+                try:
+                    reply = worker.ask(**(request if begin else {"turn": True}))
+                except WorkerDied as e:
+                    if "memory" not in str(e):
+                        raise RuntimeError(f"{curve.name} failed at {self.frames} frames: {e}") from None
+                    reply = {"out_of_memory": str(e)}
+                if "more" in reply:
+                    unfinished.append((worker, curve))
+                else:
+                    found[curve.name] = reply
+            waiting, begin = unfinished, False
+        if any("out_of_memory" in reply for reply in found.values()):  # it just fitted before
+            self.fits = False
+        else:
+            self.rounds.append(found)
+            for _, curve in self.running:
+                curve.spent += found[curve.name]["seconds"] * self.calls(curve.name)
+
+    def finish(self) -> None:
+        """The rounds that count become the points: the undisturbed ones if there are any."""
+        counted = self.quiet or self.rounds
+        for _, curve in self.running if counted else ():
+            own = [r[curve.name] for r in counted]
+            point = Point(
+                self.frames,
+                tuple(r["seconds"] for r in own),
+                self.first[curve.name]["peak_bytes"],
+                tuple(r["latency"] for r in own),
+                max((r["wait"] for r in own if r["wait"] is not None), default=None),
+            )
+            curve.points[[p.frames for p in curve.points].index(self.frames)] = point
+
+
+def _repeat(repeated: Sequence[_Repeated], left: float, available: int, progress: Callable[[float, str], None]) -> None:
+    """The rounds of all counts, spread evenly over the time that they take together; ``left`` is what all contestants
+    have left of the budget, ``available`` the free memory. Rounds in which a process had to wait for others are
+    repeated, as many again at most."""
+    peaks: dict[str, int] = collections.defaultdict(int)
+    for at in repeated:
+        for name, reply in at.first.items():
+            peaks[name] = max(peaks[name], reply["peak_bytes"])
+    together = 3 * sum(peaks.values()) < available  # blocks that are kept have gaps between them
+    plan: list[tuple[float, _Repeated]] = []
+    for at in repeated:
+        wanted = at.wanted(left)
+        left -= wanted * at.seconds
+        plan += [((i + 0.5) / wanted, at) for i in range(wanted)]
+    wanted = collections.Counter(at.frames for _, at in plan)
+    plan.sort(key=lambda entry: entry[0])
+    total, spent = sum(at.seconds for _, at in plan), 0.0
+    for again in (False, True):
+        for _, at in plan:
+            if again and len(at.quiet) >= wanted[at.frames]:
+                continue
+            progress(1.0 if again else FIRST_RUNS + (1 - FIRST_RUNS) * spent / total, f"{at.frames} frames, rounds")
+            spent += at.seconds
+            if at.fits:
+                at.round(together)
+    for at in repeated:
+        at.finish()
 
 
 def _quiet(replies: Mapping[str, dict]) -> bool:

@@ -2,8 +2,8 @@
 
 ``python -m gate4d.benchmarks.study_worker CONFIG`` makes the setup, runs two frames as warm-up, prints a JSON line,
 then answers every JSON request line on stdin with one JSON line on stdout. Memory is the growth of the resident set
-in a call (see :mod:`.resident`): whatever the call touches counts, kernels' own scratch memory included; the loaded
-model and its inputs do not.
+in a request (see :mod:`.resident`): whatever it touches counts, kernels' own scratch memory included; the loaded model
+and its inputs do not.
 """
 
 from __future__ import annotations
@@ -19,14 +19,22 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .resident import ResidentMeter, is_out_of_memory, limit_growth
+from .resident import ResidentMeter, is_out_of_memory, keep_freed_memory, limit_growth, trim_heap
 from .timing import waited
 
+Run = Callable[[int], Iterable[Tensor]]
 WARM_UP_FRAMES = 2
 
 
 def main(config: dict) -> None:
-    """Serve requests ``{"frames", "save"}`` until stdin closes; ``save`` is a file for the outputs, or None."""
+    """Serve requests until stdin closes.
+
+    - ``{"frames", "save"}``: one run under the memory limit, whose memory is measured; ``save`` is a file for the
+      outputs.
+    - ``{"frames", "calls", "together"}``: so many runs, whose mean is the time. Freed memory is kept; it stays kept
+      afterwards if the contestants fit into memory ``together``. If so, others run between the parts: after each
+      the process says ``{"more": true}`` and waits for a line.
+    """
     if config["threads"]:
         torch.set_num_threads(config["threads"])
     with torch.inference_mode():
@@ -38,38 +46,62 @@ def main(config: dict) -> None:
         _say({"limited": limited, "method": meter.method, "threads": torch.get_num_threads()})
         for line in sys.stdin:
             request = json.loads(line)
-            meter.start()
             try:
-                outputs, reply = _timed(run, request["frames"])
-                reply["peak_bytes"] = meter.growth()
-                if request["save"] is not None:
-                    np.save(request["save"], torch.cat(outputs).float().numpy())
-                del outputs
+                _say(_first(run, meter, **request) if "save" in request else _again(run, **request))
             except (RuntimeError, MemoryError) as e:
                 if not is_out_of_memory(e):
                     raise
                 _say({"out_of_memory": str(e).partition("\n")[0]})
-            else:
-                _say(reply)
 
 
-def load(setup: str) -> Callable:
+def load(setup: str) -> Callable[..., Run]:
     """The function named ``"module:function"``."""
     module, function = setup.split(":")
     return getattr(importlib.import_module(module), function)
 
 
-def _timed(run: Callable[[int], Iterable[Tensor]], frames: int) -> tuple[list[Tensor], dict]:
-    outputs: list[Tensor] = []
-    waited_before, begin = waited(), time.perf_counter()
-    marks = [begin]
-    for part in run(frames):
-        outputs.append(part)
-        marks.append(time.perf_counter())
-    seconds = marks[-1] - begin
-    latency = (marks[-1] - marks[-2]) / len(outputs[-1])
-    waiting = None if waited_before is None else (waited() - waited_before) / seconds / torch.get_num_threads()
-    return outputs, {"seconds": seconds, "latency": latency, "wait": waiting}
+def _first(run: Run, meter: ResidentMeter, frames: int, save: str) -> dict:
+    keep_freed_memory(False)
+    meter.start()
+    outputs, reply = _timed(run, frames, 1, False)
+    reply["peak_bytes"] = meter.growth()
+    np.save(save, torch.cat(outputs).float().numpy())
+    return reply
+
+
+def _again(run: Run, frames: int, calls: int, together: bool) -> dict:
+    limit_growth(None)  # what fitted once may not fit between the blocks that are kept
+    keep_freed_memory(True)
+    _, reply = _timed(run, frames, calls, together)
+    if not together:
+        trim_heap()
+    return reply
+
+
+def _timed(run: Run, frames: int, calls: int, together: bool) -> tuple[list[Tensor], dict]:
+    seconds = latency = waiting = 0.0
+    for _ in range(calls):
+        outputs: list[Tensor] = []
+        parts, since = iter(run(frames)), 0.0
+        while True:
+            waited_before, begin = waited(), time.perf_counter()
+            part = next(parts, None)
+            took = time.perf_counter() - begin
+            seconds += took / calls
+            if waited_before is not None:
+                waiting += (waited() - waited_before) / calls
+            if part is None:
+                break
+            since += took
+            if len(part):
+                outputs.append(part)
+                last, since = since / len(part), 0.0
+            if together:
+                _say({"more": True})
+                sys.stdin.readline()
+        latency += last / calls
+    wait = None if waited_before is None else waiting / seconds / torch.get_num_threads()
+    return outputs, {"seconds": seconds, "latency": latency, "wait": wait}
 
 
 def _say(message: dict) -> None:

@@ -101,7 +101,8 @@ def test_waiting_for_the_processor_is_seen():
     others = [subprocess.Popen(spin) for _ in range(2 * os.cpu_count())]
     try:
         time.sleep(0.3)
-        timed = timing.compare({"a": lambda: sum(range(10**6))}, seconds=0.2, threads=1, min_rounds=4)
+        step = {"a": lambda: sum(range(5 * 10**6))}  # longer than the system lets a process run at a stretch
+        timed = timing.compare(step, seconds=0.2, threads=1, min_rounds=4)
     finally:
         for process in others:
             process.kill()

@@ -130,7 +130,8 @@ def test_frame_difference_finds_a_moving_square():
 def test_measure_in_fresh_processes(frames, motion):
     settings = Settings(model=SMALL, limits=Limits(repeat_seconds=0.0, budget=600.0))
     steps = []
-    study, gate_effect = measure.measure(frames, motion, [2, 3], settings, steps.append, ("SDPA + mask", "gate4d"))
+    names = ("SDPA + mask", "gate4d")
+    study, gate_effect = measure.measure(frames, motion, [2, 3], settings, lambda *step: steps.append(step), names)
     assert len(steps) == 4
     assert study.tokens_per_frame == 11
     assert list(study.differences) == [2, 3]

@@ -24,7 +24,7 @@ def setup(mib_per_frame: int = 0, add: float = 0.0, stream: bool = False, fail: 
             raise ValueError(fail)
         torch.ones(mib_per_frame * frames * resident.MIB // 4)
         out = torch.ones(frames, 3, 2) + add
-        return out.split(1) if stream else [out]
+        return out.split(1) if stream else [out[:0], out]
 
     return run
 
@@ -98,10 +98,16 @@ def test_one_runs_out_of_memory_and_the_others_go_on(importable):
         Contestant("hungry", HERE, {"mib_per_frame": 40}),
         Contestant("stream", HERE, {"mib_per_frame": 1, "stream": True, "add": 0.5}),
     ]
-    steps, seen = [], []
+    shares, seen = [], []
     limits = Settings(max_bytes=200 * resident.MIB, repeat_seconds=0.01, max_rounds=2)
-    result = study.measure(contestants, [2, 4, 16], limits, steps.append, lambda n, o: seen.append((n, sorted(o))))
-    assert len(steps) == 6
+
+    def report(share, text):
+        shares.append(share)
+
+    result = study.measure(contestants, [2, 4, 16], limits, report, lambda n, o: seen.append((n, sorted(o))))
+    assert len(shares) > 6
+    assert shares == sorted(shares)
+    assert 0 <= shares[0] <= shares[-1] <= 1
     hungry, stream = result.curves
     assert [p.frames for p in hungry.points] == [2, 4]
     assert (hungry.ended, hungry.stopped_at) == ("memory", 16)
@@ -136,9 +142,10 @@ class FakeWorker:
     name = "maps"
 
     def __init__(self, reply, limited=True):
-        self.reply, self.limited = reply, limited
+        self.reply, self.limited, self.asked = reply, limited, []
 
-    def ask(self, save, **request):
+    def ask(self, save=None, **request):
+        self.asked.append(request)
         if isinstance(self.reply, Exception):
             raise self.reply
         reply = dict(self.reply)
@@ -178,29 +185,96 @@ def test_stopping_is_said(tmp_path):
         advance(tmp_path, {**REPLY, "output": np.full((4, 2), np.nan)})
 
 
+def repeated(settings, left=60.0, available=2**30, **contestants):
+    """Rounds of fake workers by name; values are a worker and its first reply. Returns the curves."""
+    at, curves = study._Repeated(2, settings), []
+    for name, (worker, first) in contestants.items():
+        curves.append(Curve(name, [Point(2, (first["seconds"],), first["peak_bytes"], (first["latency"],))]))
+        at.enter(worker, curves[-1], first)
+    study._repeat([at], left, available, lambda share, text: None)
+    return curves
+
+
 def test_short_counts_are_repeated_and_the_first_run_is_warm_up():
-    slow, fast = Curve("a", [Point(2, (9.0,), 7)]), Curve("b", [Point(2, (0.1,), 7)])
     waiting = FakeWorker({**REPLY, "seconds": 0.5, "wait": 0.01})
-    running = [(waiting, slow), (FakeWorker({**REPLY, "seconds": 0.25}), fast)]
-    first = {"a": [{**REPLY, "seconds": 2.0, "peak_bytes": 9}], "b": [{**REPLY, "seconds": 0.4}]}
-    study._rounds(running, 2, first, Settings(repeat_seconds=1.5), 60.0)  # a slow first run does not lower the number
-    assert slow.points[0] == Point(2, (0.5,) * 4, 9, (0.5,) * 4, 0.01)
+    entered = {
+        "a": (waiting, {**REPLY, "seconds": 0.6, "peak_bytes": 9}),
+        "b": (FakeWorker({**REPLY, "seconds": 0.25}), {**REPLY, "seconds": 0.15}),
+    }
+    slow, fast = repeated(Settings(repeat_seconds=1.5), **entered)
+    assert slow.points == [Point(2, (0.5,) * 4, 9, (0.5,) * 4, 0.01)]  # memory is the first run's
     assert fast.points[0].times == (0.25,) * 4
     assert Study([2], [slow, fast]).ratio("a", "b", 2) == 2.0
     waiting.reply["wait"] = 0.5  # twice as many rounds, and none of them quiet: all count
-    study._rounds(running, 2, first, Settings(repeat_seconds=1.5), 60.0)
+    slow, _ = repeated(Settings(repeat_seconds=1.5), **entered)
     assert slow.points[0].runs == 8
     assert slow.points[0].wait == 0.5
 
 
-@pytest.mark.parametrize(("left", "times"), [(60.0, (9.0, 8.0, 8.0)), (12.0, (9.0, 8.0)), (5.0, (9.0,))])
-def test_long_counts_are_repeated_as_the_budget_allows_and_the_first_run_counts(left, times):
-    long = Curve("a", [Point(2, (9.0,), 7)])
-    running, first = [(FakeWorker({**REPLY, "seconds": 8.0}), long)], {"a": [{**REPLY, "seconds": 9.0}]}
-    study._rounds(running, 2, first, Settings(repeat_seconds=1.5), left)
-    assert long.points[0].times == (9.0,)  # nothing asks for more
-    study._rounds(running, 2, first, Settings(repeat_seconds=1.5, min_rounds=2), left)
-    assert long.points[0].times == times
+@pytest.mark.parametrize(("left", "times"), [(60.0, (8.0, 8.0)), (12.0, (8.0,)), (5.0, (9.0,))])
+def test_long_counts_are_repeated_as_the_budget_allows(left, times):
+    entered = FakeWorker({**REPLY, "seconds": 8.0}), {**REPLY, "seconds": 9.0}
+    assert repeated(Settings(repeat_seconds=1.5), left, a=entered)[0].points[0].times == (9.0,)  # nothing asks for more
+    assert repeated(Settings(repeat_seconds=1.5, min_rounds=2), left, a=entered)[0].points[0].times == times
+
+
+def test_calls_are_put_together_until_a_sample_lasts():
+    quick, slow = (FakeWorker({**REPLY, "seconds": s}) for s in (0.01, 0.2))
+    settings = Settings(repeat_seconds=1.0, sample_seconds=0.1)
+    entered = {"a": (quick, {**REPLY, "seconds": 0.01}), "b": (slow, {**REPLY, "seconds": 0.2})}
+    curves = repeated(settings, **entered)
+    assert [request["calls"] for request in quick.asked] == [10] * 5
+    assert [request["calls"] for request in slow.asked] == [1] * 5
+    assert curves[0].spent == pytest.approx(0.1 * 5)
+
+
+@pytest.mark.parametrize("died", [False, True])
+def test_out_of_memory_in_a_round_leaves_the_first_run(died):
+    reply = study.WorkerDied("killed by signal 9, for lack of memory") if died else {"out_of_memory": "no"}
+    entered = {"a": (FakeWorker(REPLY), REPLY), "b": (FakeWorker(reply), REPLY)}
+    curves = repeated(Settings(repeat_seconds=10.0), **entered)
+    assert [c.points for c in curves] == [[Point(2, (2.0,), 5, (0.5,))]] * 2
+    assert len(entered["b"][0].asked) == 1
+    broken = FakeWorker(study.WorkerDied("ValueError: no"))
+    with pytest.raises(RuntimeError, match="b failed at 2 frames: ValueError: no"):
+        repeated(Settings(repeat_seconds=10.0), b=(broken, REPLY))
+
+
+ORDER: list[str] = []
+
+
+class StreamingWorker:
+    """Three parts a run, as a process of a stream gives them."""
+
+    def __init__(self, name):
+        self.name, self.part = name, 0
+
+    def ask(self, **request):
+        assert ("turn" in request) == (self.part > 0)
+        self.part = (self.part + 1) % 4
+        ORDER.append(self.name)
+        return {"more": True} if self.part else REPLY
+
+
+def test_streams_take_turns_if_they_fit_side_by_side():
+    ORDER.clear()
+    settings = Settings(min_rounds=2)
+    repeated(settings, **{name: (StreamingWorker(name), REPLY) for name in "abc"})
+    assert "".join(ORDER) == "abcabcabcabc" + "cbacbacbacba"
+    for available, together in ((46, True), (45, False)):  # three times 5 bytes each
+        fakes = {name: (FakeWorker(REPLY), REPLY) for name in "abc"}
+        repeated(settings, available=available, **fakes)
+        assert all(request["together"] is together for worker, _ in fakes.values() for request in worker.asked)
+
+
+def test_rounds_of_all_counts_are_spread(monkeypatch):
+    order = []
+    monkeypatch.setattr(study._Repeated, "round", lambda self, together: order.append(self.frames))
+    counts = [study._Repeated(n, Settings(min_rounds=rounds)) for n, rounds in ((2, 4), (8, 2))]
+    for at in counts:
+        at.enter(FakeWorker(REPLY), Curve("a"), REPLY)
+    study._repeat(counts, 60.0, 2**30, lambda share, text: None)
+    assert order[:6] == [2, 8, 2, 2, 8, 2]
 
 
 def test_a_killed_process_is_noticed(tmp_path, importable):

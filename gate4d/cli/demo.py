@@ -89,10 +89,9 @@ def run(args: argparse.Namespace) -> int:
         )  # fmt: skip
         steps = len(counts) * len(measure.IMPLEMENTATIONS)
         bar.update(task, description="starting three processes", total=steps + 1, completed=0)
-        done = iter(range(steps))
         study, gate_effect = measure.measure(
             clip.frames, motion, counts, settings,
-            lambda text: bar.update(task, description=text, completed=next(done)),
+            lambda share, text: bar.update(task, description=text, completed=int(share * steps)),
         )  # fmt: skip
         bar.update(task, description="writing the report", completed=steps)
         served = _backend()
