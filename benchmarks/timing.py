@@ -6,17 +6,22 @@ cancels. Every second round runs in reverse order, so that no variant always fol
 Load by other processes does not cancel: work that is split evenly among threads waits for the slowest of them, work
 that is handed out piece by piece does not. Each round therefore records how long this process's threads stood in the
 scheduler's queue (``/proc/self/task/*/schedstat``, Linux), rounds in which they had to wait are repeated as long as
-time allows, and only undisturbed rounds count where there are enough of them.
+time allows, and only undisturbed rounds count where there are enough of them. Nor does the scheduler's choice of cores
+cancel: a worker thread that wakes on the calling thread's core waits for it. While rounds are timed that core is kept
+for the calling thread (Linux).
 """
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import itertools
 import math
+import os
 import statistics
+import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -110,21 +115,43 @@ def compare(
     collecting = gc.isenabled()
     gc.disable()
     try:
-        started = time.perf_counter()
-        for n in itertools.count():
-            elapsed, quiet = time.perf_counter() - started, sum(map(_quiet, waits)) if waits else n
-            if quiet >= max_rounds or (n >= min_rounds and elapsed > seconds * (1 if quiet >= min_rounds else 3)):
-                break
-            waited_before, begin = waited(), time.perf_counter()
-            for name in names if n % 2 == 0 else reversed(names):
-                times[name].append(_sample(variants[name], sampled[name]))
-            if waited_before is not None:
-                waits.append((waited() - waited_before) / (time.perf_counter() - begin) / threads)
-            on_round(n + 1)
+        with own_core(threads):
+            started = time.perf_counter()
+            for n in itertools.count():
+                elapsed, quiet = time.perf_counter() - started, sum(map(_quiet, waits)) if waits else n
+                if quiet >= max_rounds or (n >= min_rounds and elapsed > seconds * (1 if quiet >= min_rounds else 3)):
+                    break
+                waited_before, begin = waited(), time.perf_counter()
+                for name in names if n % 2 == 0 else reversed(names):
+                    times[name].append(_sample(variants[name], sampled[name]))
+                if waited_before is not None:
+                    waits.append((waited() - waited_before) / (time.perf_counter() - begin) / threads)
+                on_round(n + 1)
     finally:
         if collecting:
             gc.enable()
     return Comparison(times, waits)
+
+
+@contextlib.contextmanager
+def own_core(threads: int) -> Iterator[None]:
+    """Keep the calling thread on a core of its own, away from this process's other threads, if there are as many cores
+    as ``threads``; nothing where the system has no such call. A thread that starts meanwhile stays on that core."""
+    cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_setaffinity") else []
+    if len(cores) < max(2, threads):
+        yield
+        return
+    _place(cores[:1], cores[1:])
+    try:
+        yield
+    finally:
+        _place(cores, cores)
+
+
+def _place(own: list[int], others: list[int]) -> None:
+    for task in map(int, os.listdir("/proc/self/task")):
+        with contextlib.suppress(OSError):  # it has ended
+            os.sched_setaffinity(task, own if task == threading.get_native_id() else others)
 
 
 def _sample(step: Callable[[], Any], calls: int) -> float:

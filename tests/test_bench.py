@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -109,6 +110,22 @@ def test_waiting_for_the_processor_is_seen():
             process.wait()
     assert timed.disturbed
     assert len(timed.waits) == len(timed.times["a"])
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="the system places threads by itself")
+def test_the_calling_thread_has_its_core_to_itself():
+    stop, other = threading.Event(), []
+    thread = threading.Thread(target=lambda: (other.append(threading.get_native_id()), stop.wait()))
+    thread.start()
+    before, seen = os.sched_getaffinity(0), []
+    timing.compare({"a": lambda: seen.append([os.sched_getaffinity(t) for t in (0, other[0])])}, seconds=0, threads=1)
+    stop.set()
+    thread.join()
+    for own, others in seen[timing.WARM_UP_ROUNDS :]:
+        assert len(before) < 2 or (len(own) == 1 and others == before - own)
+    assert os.sched_getaffinity(0) == before
+    with timing.own_core(len(before) + 1):  # more threads than cores
+        assert os.sched_getaffinity(0) == before
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
