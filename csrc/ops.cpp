@@ -78,13 +78,28 @@ Tensor with_unit_stride(const Tensor& x) {
 
 gate4d::Heads heads_of(const Tensor& x) { return {x.data_ptr(), x.stride(0), x.stride(1), x.stride(2)}; }
 
-// [B, H, N, D] over [B, N, H, D] memory; see empty_heads_last in gate4d/ops.py.
-Tensor empty_heads_last(const Tensor& like, int64_t batch, int64_t heads, int64_t tokens, int64_t dim) {
-  return torch::stable::transpose(torch::stable::new_empty(like, {batch, tokens, heads, dim}), 1, 2);
+// On the CPU. Not through the dispatcher, which takes as long as a small call's arithmetic.
+template <size_t N>
+Tensor empty(const int64_t (&shape)[N], const int64_t (&strides)[N], int32_t dtype) {
+  AtenTensorHandle made;
+  TORCH_ERROR_CODE_CHECK(
+      aoti_torch_empty_strided(N, shape, strides, dtype, aoti_torch_device_type_cpu(), 0, &made));
+  return Tensor(made);
 }
 
-Tensor new_floats(const Tensor& like, std::initializer_list<int64_t> shape) {
-  return torch::stable::new_empty(like, shape, torch::headeronly::ScalarType::Float);
+// [B, H, N, D] over [B, N, H, D] memory; see empty_heads_last in gate4d/ops.py.
+Tensor empty_heads_last(const Tensor& like, int64_t batch, int64_t heads, int64_t tokens, int64_t dim) {
+  int32_t dtype;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(like.get(), &dtype));
+  return empty({batch, heads, tokens, dim}, {tokens * heads * dim, dim, heads * dim, 1}, dtype);
+}
+
+template <size_t N>
+Tensor new_floats(const int64_t (&shape)[N]) {
+  int64_t strides[N];
+  strides[N - 1] = 1;
+  for (size_t i = N - 1; i > 0; --i) strides[i - 1] = strides[i] * std::max<int64_t>(shape[i], 1);
+  return empty(shape, strides, aoti_torch_dtype_float32());
 }
 
 template <class T>
@@ -124,8 +139,8 @@ std::tuple<Tensor, Tensor, Tensor> attention_forward(Tensor q, Tensor k, Tensor 
   q = with_unit_stride(q), k = with_unit_stride(k), v = with_unit_stride(v);
   const int64_t batch = q.size(0), heads = q.size(1), queries = q.size(2), keys = k.size(2);
   const Tensor out = empty_heads_last(q, batch, heads, queries, v.size(3));
-  const Tensor lse = new_floats(q, {batch, heads, queries});
-  const Tensor stats = row_stats ? new_floats(q, {3, batch, heads, queries}) : new_floats(q, {0});
+  const Tensor lse = new_floats({batch, heads, queries});
+  const Tensor stats = row_stats ? new_floats({3, batch, heads, queries}) : new_floats({0});
   if (batch * heads * queries == 0) return {out, lse, stats};
   const GateTensors gate(q, k, query_score, key_score, dropped_keys, bounds, strength, renormalize);
   const gate4d::Kernels& kernels = gate4d::kernels();
@@ -168,8 +183,8 @@ Gradients attention_backward(Tensor grad_out, Optional grad_lse, Tensor q, Tenso
   Tensor grad_v = empty_heads_last(v, batch, heads, keys, v.size(3));
   for (Tensor* x : {&grad_q, &grad_k, &grad_v}) torch::stable::zero_(*x);
   const auto score_like = [&](const Optional& score) {
-    if (!score_grads || !score) return new_floats(q, {0});
-    Tensor grad = new_floats(q, {score->size(0), score->size(1)});
+    if (!score_grads || !score) return new_floats({0});
+    Tensor grad = new_floats({score->size(0), score->size(1)});
     torch::stable::zero_(grad);
     return grad;
   };
@@ -230,7 +245,7 @@ std::tuple<Tensor, Tensor> received_attention(Tensor q, Tensor k, Tensor lse, Op
                                               Optional bounds, double scale, double strength) {
   q = with_unit_stride(q), k = with_unit_stride(k), lse = torch::stable::contiguous(lse);
   const int64_t batch = q.size(0), heads = q.size(1), queries = q.size(2), keys = k.size(2);
-  const Tensor mean = new_floats(q, {batch, heads, keys}), m2 = new_floats(q, {batch, heads, keys});
+  const Tensor mean = new_floats({batch, heads, keys}), m2 = new_floats({batch, heads, keys});
   if (batch * heads * keys == 0) return {mean, m2};
   STD_TORCH_CHECK(queries > 0, "gate4d: received_attention needs at least one query");
   const GateTensors gate(q, k, query_score, key_score, Optional(), bounds, strength, true);
@@ -258,7 +273,7 @@ std::tuple<Tensor, Tensor> cross_moments(std::vector<Tensor> x, Tensor y, Tensor
   STD_TORCH_CHECK(!x.empty(), "gate4d: cross_moments needs at least one part of x");
   y = with_unit_stride(y), centre = torch::stable::contiguous(centre);
   const int64_t batch = x[0].size(0), rows = x[0].size(2), columns = y.size(1), features = y.size(2);
-  const Tensor mean = new_floats(y, {batch, rows}), m2 = new_floats(y, {batch, rows});
+  const Tensor mean = new_floats({batch, rows}), m2 = new_floats({batch, rows});
   if (batch * rows == 0) return {mean, m2};
   std::vector<gate4d::Features> parts;
   int64_t found = 0;

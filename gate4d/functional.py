@@ -71,27 +71,29 @@ def gated_attention(
         ValueError, TypeError: an argument does not fit; the message names it.
         NotImplementedError: the backend asked for cannot serve the call; lists every backend's reasons.
     """
-    _check_qkv(q, k, v)
-    if q.device.type != "meta" and torch.is_autocast_enabled(q.device.type):
-        dtype = torch.get_autocast_dtype(q.device.type)
+    batch, queries, keys, head_dim, value_dim = _check_qkv(q, k, v)
+    device = q.device
+    if device.type != "meta" and torch.is_autocast_enabled(device.type):
+        dtype = torch.get_autocast_dtype(device.type)
         q, k, v = (x.to(dtype) if x.is_floating_point() and x.dtype != torch.float64 else x for x in (q, k, v))
-    if not (q.dtype == k.dtype == v.dtype and q.is_floating_point()):
-        raise TypeError(f"q, k and v must share one floating dtype, got {q.dtype}, {k.dtype} and {v.dtype}.")
+    dtype = q.dtype
+    if not (dtype == k.dtype == v.dtype and dtype.is_floating_point):
+        raise TypeError(f"q, k and v must share one floating dtype, got {dtype}, {k.dtype} and {v.dtype}.")
     if scale is None:
-        scale = max(q.shape[3], 1) ** -0.5
+        scale = max(head_dim, 1) ** -0.5
     if row_stats:
         _check_row_stats(row_stats, return_aux)
     g = _NO_GATE if gate is None else gate
     if gate is not None:
-        _check_gate(gate, q, k)
+        _check_gate(gate, (batch, queries), (batch, keys), device)
     bounds = None if visible is None else _check_visible(visible, q, k)
     gated = g.key_score is not None or g.dropped_keys is not None
     request = Request(
-        q.device.type, q.dtype, q.shape[3], v.shape[3], gated, bounds is not None, return_aux, _kind(g), g.renormalize,
+        device.type, dtype, head_dim, value_dim, gated, bounds is not None, return_aux, _kind(g), g.renormalize,
         torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (g.query_score, g.key_score)),
     )  # fmt: skip
     call = Call(
-        q, k, v, _score(g.query_score, q), _score(g.key_score, q), g.dropped_keys, bounds,
+        q, k, v, _score(g.query_score, dtype), _score(g.key_score, dtype), g.dropped_keys, bounds,
         float(scale), g.strength, g.renormalize, bool(row_stats),
     )  # fmt: skip
     out, lse, stats = select(backend, request).run(call)
@@ -108,13 +110,13 @@ def _kind(gate: MotionGate) -> str:
     return "+".join(part for part in ("drop" if gate.dropped_keys is not None else "", score) if part)
 
 
-def _score(score: Tensor | None, q: Tensor) -> Tensor | None:
-    if score is None:
-        return None
-    return score.to(torch.float64 if q.dtype == torch.float64 else torch.float32)
+def _score(score: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    wanted = torch.float64 if dtype == torch.float64 else torch.float32
+    return score if score is None or score.dtype == wanted else score.to(wanted)
 
 
-def _check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
+def _check_qkv(q: Tensor, k: Tensor, v: Tensor) -> tuple[int, int, int, int, int]:
+    """B, Nq, Nk, D and Dv."""
     for name, x in (("q", q), ("k", k), ("v", v)):
         if not isinstance(x, Tensor):
             raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}.")
@@ -122,7 +124,7 @@ def _check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
             raise ValueError(f"{name} must have shape [B, H, N, D], got {list(x.shape)}.")
     if not q.device == k.device == v.device:
         raise ValueError(f"q, k and v must be on one device, got {q.device}, {k.device} and {v.device}.")
-    (qb, qh, _, qd), (kb, kh, kn, kd), (vb, vh, vn, _) = q.shape, k.shape, v.shape
+    (qb, qh, qn, qd), (kb, kh, kn, kd), (vb, vh, vn, vd) = q.shape, k.shape, v.shape
     if qb != kb or qb != vb or qh != kh or qh != vh:
         raise ValueError(
             "q, k and v must have the same batch and head counts [B, H, ...], "
@@ -132,12 +134,12 @@ def _check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
         raise ValueError(f"k must have q's head dimension {qd}, got {kd}.")
     if kn != vn:
         raise ValueError(f"v must have one value per key ({kn}), got {vn}.")
+    return qb, qn, kn, qd, vd
 
 
-def _check_gate(gate: MotionGate, q: Tensor, k: Tensor) -> None:
+def _check_gate(gate: MotionGate, queries: tuple[int, int], keys: tuple[int, int], device: torch.device) -> None:
     if not isinstance(gate, MotionGate):
         raise TypeError(f"gate must be a MotionGate or None, got {type(gate).__name__}.")
-    queries, keys = (q.shape[0], q.shape[2]), (k.shape[0], k.shape[2])
     for name, x, shape in (
         ("query_score", gate.query_score, queries),
         ("key_score", gate.key_score, keys),
@@ -149,8 +151,8 @@ def _check_gate(gate: MotionGate, q: Tensor, k: Tensor) -> None:
         if x.shape != shape:
             kind = "Nq" if shape is queries else "Nk"
             raise ValueError(f"gate.{name} must have shape [B, {kind}] = {list(shape)}, got {list(x.shape)}.")
-        if x.device != q.device:
-            raise ValueError(f"gate.{name} must be on q's device {q.device}, got {x.device}.")
+        if x.device != device:
+            raise ValueError(f"gate.{name} must be on q's device {device}, got {x.device}.")
 
 
 def _check_visible(visible: Visibility, q: Tensor, k: Tensor) -> Tensor | None:

@@ -64,11 +64,11 @@ def received_attention(
         raise ValueError(f"lse must have shape [B, H, Nq] = {list(q.shape[:3])} on {q.device}, got {got}.")
     g = gate or MotionGate()
     if gate is not None:
-        _check_gate(gate, q, k)
+        _check_gate(gate, (q.shape[0], q.shape[2]), (k.shape[0], k.shape[2]), q.device)
     bounds = None if visible is None else _check_visible(visible, q, k)
     scale = max(q.shape[3], 1) ** -0.5 if scale is None else float(scale)
     lse = lse.to(torch.promote_types(q.dtype, torch.float32))
-    args = (q, k, lse, _score(g.query_score, q), _score(g.key_score, q), bounds, scale, g.strength)
+    args = (q, k, lse, _score(g.query_score, q.dtype), _score(g.key_score, q.dtype), bounds, scale, g.strength)
     moments = _run(_choose(backend, q), args)
     if g.dropped_keys is not None:  # given lse, a dropped key concerns no other key
         mean, m2 = (x.masked_fill(g.dropped_keys[:, None], 0.0) for x in (moments.mean, moments.m2))
