@@ -145,26 +145,20 @@ GATE4D_INLINE vf exp2(vf x) { return exp2_clamped(clamp_exponent(x)); }
 // log2(x) for normal x > 0; finite for 0 and denormals, so that 0 * log2(0) is 0. Absolute error under 2e-7.
 GATE4D_INLINE vf log2(vf x) {
 #if defined(GATE4D_AVX512)
-  // By 32nds of the mantissa: a third of the multiplications of one polynomial over all of it.
-  const vf inverse = {0.984615386f, 0.955223858f, 0.927536249f, 0.901408434f, 0.876712322f, 0.853333354f,
-                     0.83116883f, 0.810126603f, 0.790123463f, 0.771084309f, 0.752941191f,
-                     0.735632181f, 0.719101131f, 0.703296721f, 0.688172042f, 0.673684239f};
-  const vf inverse_high = {0.659793794f, 0.646464646f, 0.633663356f, 0.621359229f, 0.609523833f, 0.598130822f,
-                          0.587155938f, 0.576576591f, 0.566371679f, 0.556521714f, 0.547008574f,
-                          0.537815154f, 0.528925598f, 0.520325184f, 0.512000024f, 0.503937006f};
-  const vf log_of = {0.0223678108f, 0.0660892203f, 0.108524427f, 0.149747148f, 0.189824566f, 0.228818655f,
-                    0.266786546f, 0.303780705f, 0.339849979f, 0.375039488f, 0.409390897f,
-                    0.442943513f, 0.475733429f, 0.507794619f, 0.539158821f, 0.569855571f};
-  const vf log_of_high = {0.599912882f, 0.629356623f, 0.658211529f, 0.68650049f, 0.714245439f, 0.741467059f,
-                         0.768184364f, 0.794415832f, 0.820178986f, 0.845490098f, 0.870364666f,
-                         0.89481771f, 0.918863297f, 0.942514539f, 0.965784192f, 0.988684714f};
+  // By 16ths of the mantissa: a third of the multiplications of one polynomial over all of it.
+  const vf inverse = {0.969696999f, 0.914285719f, 0.864864886f, 0.820512831f, 0.780487776f, 0.744186044f,
+                     0.711111128f, 0.680851042f, 0.653061211f, 0.627451003f, 0.603773594f,
+                     0.581818163f, 0.561403513f, 0.542372882f, 0.524590135f, 0.507936537f};
+  const vf log_of = {0.0443940759f, 0.129283011f, 0.209453329f, 0.285402209f, 0.357552052f, 0.426264763f,
+                    0.491853058f, 0.554588914f, 0.614709854f, 0.67242527f, 0.727920413f,
+                    0.781359732f, 0.832889974f, 0.882643044f, 0.930737436f, 0.977279842f};
   x = max(set1(1.17549435e-38f), x);
   const vf e = _mm512_getexp_ps(x), m = _mm512_getmant_ps(x, _MM_MANT_NORM_1_2, _MM_MANT_SIGN_src);
-  const __m512i part = _mm512_srli_epi32((__m512i)m, 18);
-  const vf r = fma(m, _mm512_permutex2var_ps(inverse, part, inverse_high), set1(-1.0f));  // in [-1/64, 1/64]
-  vf p = fma(r, set1(0.480898347f), set1(-0.721347520f));
-  p = fma(p, r, set1(1.44269504f));
-  return fma(p, r, e + _mm512_permutex2var_ps(log_of, part, log_of_high));
+  const __m512i part = _mm512_srli_epi32((__m512i)m, 19);
+  const vf r = fma(m, _mm512_permutexvar_ps(part, inverse), set1(-1.0f));  // in [-1/33, 1/33]
+  vf p = fma(r, set1(0.481229782f), set1(-0.721623659f));
+  p = fma(p, r, set1(1.44269502f));
+  return fma(p, r, e + _mm512_permutexvar_ps(part, log_of));
 #else
   const vi bits = (vi)x;
   const vi e = (bits - 0x3f400000) >> 23;  // mantissa in [0.75, 1.5)
