@@ -4,10 +4,11 @@ state, streaming with a cache.
 Each has a quarter of its model's width and of its tokens a frame, with the true head dimension, and few layers: both
 the share of attention in the work (``N / C``, tokens over width) and the growth of memory with frames are then the
 model's own at the same number of frames, at a size that two cores run. Layers come one after the other and cost the
-same, so that fewer of them change no ratio.
+same: more of one kind would hardly change a ratio of times. What a method keeps of each layer (caches, maps) grows with
+their number.
 
 A setup returns ``run(frames)``, which yields tokens ``[frames, P, C]``: once for a clip, frame by frame for a stream. A
-clip yields no frames (``[0, P, C]``) after each layer or pair, where :mod:`.study` may let another process run.
+clip yields no frames (``[0, P, C]``) after each layer, frame or pair, where :mod:`.study` may let another process run.
 Methods of attention:
 
 - ``gate4d``: :func:`gate4d.gated_attention`, the frame cache, closed-form statistics.
@@ -138,6 +139,7 @@ def alternating(case: Case, pairs: int = 1) -> Run:
             y = frame_block(y, in_frame)
             yield _no_frames(y)
             y = clip_block(y.flatten(0, 1)[None], over_clip).view_as(y)
+            yield _no_frames(y)
         yield y
 
     return run
@@ -210,7 +212,10 @@ def pairwise(case: Case, depth: int = 1, reach: int = 2) -> Run:
         return a, b
 
     def run(frames: int) -> Iterator[Tensor]:
-        features = [model["embed"](model["encode"](x[t : t + 1], plain)) for t in range(frames)]
+        features: list[Tensor] = []
+        for t in range(frames):
+            features.append(model["embed"](model["encode"](x[t : t + 1], plain)))
+            yield _no_frames(features[t])
         pairs = [(i, j) for i in range(frames) for j in range(i + 1, min(i + 1 + reach, frames))]
         motion = None
         if case.gated:

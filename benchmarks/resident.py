@@ -22,7 +22,7 @@ except ImportError:  # not a Unix system
     resource = None
 
 MIB = 2**20
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of malloc.h
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_MMAP_MAX = -1, -3, -4  # of malloc.h
 LINUX_METHOD = "peak resident set of a fresh process (VmHWM, reset before each count) minus the resident set before"
 OTHER_METHOD = "peak resident set of a fresh process (ru_maxrss) minus its value at the beginning, a lower bound"
 
@@ -70,16 +70,20 @@ def resident(field: str) -> int:
     return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(field + ":")), 0)
 
 
-def limit_growth(max_bytes: int | None) -> bool:
-    """Let allocations beyond ``max_bytes`` more than now fail as an error in this process, None for no such limit;
-    False where impossible."""
-    data = resident("VmData")
-    if not data or resource is None:
-        return False
-    hard = resource.getrlimit(resource.RLIMIT_DATA)[1]
-    wanted = hard if max_bytes is None else data + max_bytes
-    resource.setrlimit(resource.RLIMIT_DATA, (wanted if hard == resource.RLIM_INFINITY else min(wanted, hard), hard))
-    return True
+class GrowthLimit:
+    """Lets allocations fail as an error in this process that exceed what it had at construction by too much."""
+
+    def __init__(self) -> None:
+        self._base = resident("VmData")
+        self.possible = self._base > 0 and resource is not None
+        if self.possible:
+            self._before = resource.getrlimit(resource.RLIMIT_DATA)
+
+    def set(self, max_bytes: int) -> None:
+        """Allow so many bytes more, and never more than was allowed before; nothing where the system has no limits."""
+        if self.possible:
+            limits = [x for x in (self._base + max_bytes, *self._before) if x != resource.RLIM_INFINITY]
+            resource.setrlimit(resource.RLIMIT_DATA, (min(limits), self._before[1]))
 
 
 def keep_freed_memory(keep: bool) -> None:
@@ -88,10 +92,11 @@ def keep_freed_memory(keep: bool) -> None:
     What glibc does by itself is in between and depends on where blocks happen to lie."""
     try:
         mallopt = ctypes.CDLL(None).mallopt
-    except (OSError, AttributeError):  # not glibc
+    except (OSError, AttributeError, TypeError):  # not glibc
         return
-    mallopt(M_MMAP_THRESHOLD, 2**30 if keep else 2**17)  # blocks from this size on are taken from the system one by one
-    mallopt(M_TRIM_THRESHOLD, 2**31 - 1 if keep else 2**17)  # of free memory at the end of the heap
+    mallopt(M_MMAP_THRESHOLD, 2**17)  # blocks from this size on are taken from the system and given back one by one,
+    mallopt(M_MMAP_MAX, 0 if keep else 2**16)  # but no more than so many
+    mallopt(M_TRIM_THRESHOLD, -1 if keep else 2**17)  # of free memory at the end of the heap; -1 keeps it all
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -113,5 +118,5 @@ def trim_heap() -> None:
     """Hand free heap pages back to the system."""
     try:
         ctypes.CDLL(None).malloc_trim(0)
-    except (OSError, AttributeError):  # not glibc
+    except (OSError, AttributeError, TypeError):  # not glibc
         return

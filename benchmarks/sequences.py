@@ -188,6 +188,7 @@ def as_dict(sequence: Sequence, result: Study) -> dict:
         "shape": sequence.shape,
         "scale": backbones.Case("gate4d").scale,
         "tokens_per_frame": result.tokens_per_frame,
+        "together": result.together,
         "counts": result.counts,
         "memory_method": result.memory_method,
         "curves": {
@@ -251,6 +252,8 @@ def _ends(data: dict) -> list[str]:
         lines.append(
             f"DISTURBED: at {disturbed} of {len(waits)} points the process waited for others, up to {max(waits):.0%}"
         )
+    if not data.get("together", True):
+        lines.append("the processes did not fit into memory side by side: they ran call by call, less comparably")
     worst = max(data["largest_relative_difference"].values(), default=None)
     if worst is not None:
         lines.append(f"outputs that should agree differ by at most {worst:.1e} of the largest")

@@ -4,11 +4,12 @@ At each frame count every implementation runs once, in turn, and its memory is m
 its next count is expected to exceed its share of the time budget, or where it runs out of memory: its process may grow
 by so many bytes, beyond which allocations fail there and nowhere else. The others go on.
 
-Then come rounds in alternating order, ratios being taken within a round, as in :mod:`.timing`. What else changes is the
-machine: a neighbour's traffic on the same memory comes and goes within seconds and slows some implementations more than
-others. The rounds of a count are therefore spread over the whole study rather than run in a row, and in a round the
-implementations take turns part by part: a frame of a stream, a layer of a clip. Freed memory is kept for the next block
-in rounds and given back in first runs: memory is then what an implementation holds, time what it computes.
+Then come a warm-up round and others in alternating order, ratios being taken within a round, as in :mod:`.timing`. What
+else changes is the machine: a neighbour's traffic on the same memory comes and goes within seconds and slows some
+implementations more than others. The rounds of a count are therefore spread over the whole study rather than run in a
+row, and in a round the implementations take turns part by part: a frame of a stream, a layer of a clip. Freed memory is
+kept for the next block in rounds and given back in first runs: memory is then what an implementation holds, and time is
+what it computes.
 
 Processes wait passively between parallel sections, and their threads stay on a core each (OMP_WAIT_POLICY,
 OMP_PROC_BIND and OMP_PLACES, unless they are set). By chance, threads that spin while another process has their core
@@ -23,6 +24,7 @@ import itertools
 import json
 import math
 import os
+import signal
 import statistics
 import subprocess
 import sys
@@ -33,10 +35,11 @@ from pathlib import Path
 
 import numpy as np
 
-from .timing import QUIET
+from .timing import QUIET, QUIET_ROUNDS
 
 Outputs = Mapping[str, np.ndarray]
-FIRST_RUNS = 0.3  # of the progress: about their share of the time
+Progress = Callable[[float, str], None]  # the share that is done, and of what
+FIRST_RUNS, WARM_UPS = 0.3, 0.1  # of the progress: about their shares of the time
 
 
 @dataclass(frozen=True)
@@ -152,12 +155,14 @@ class Curve:
 @dataclass
 class Study:
     """All curves; ``differences[n]`` is the largest relative difference of outputs within a group at ``n`` frames
-    (absent where no group had two that ran)."""
+    (absent where no group had two that ran); ``together`` whether all fitted into memory side by side: if not, they did
+    not take turns within a round, and each began it with an empty heap."""
 
     counts: list[int]
     curves: list[Curve]
     differences: dict[int, float] = field(default_factory=dict)
     tokens_per_frame: int = 0
+    together: bool = True
     memory_method: str = ""
     threads: int = 0
 
@@ -184,10 +189,7 @@ class Worker:
         self.name = contestant.name
         self.limited = True  # whether the process itself keeps to the memory limit; its first answer says
         file = folder / "".join(c for c in contestant.name if c.isalnum())
-        config = {
-            "setup": contestant.setup, "arguments": contestant.arguments, "threads": settings.threads,
-            "max_bytes": settings.max_bytes,
-        }  # fmt: skip
+        config = {"setup": contestant.setup, "arguments": contestant.arguments, "threads": settings.threads}
         file.with_suffix(".json").write_text(json.dumps(config))
         self._log = file.with_suffix(".log").open("w+")
         self._process = subprocess.Popen(
@@ -204,7 +206,10 @@ class Worker:
         code = self._process.wait()
         self._log.seek(0)
         last = (self._log.read().strip().splitlines() or ["it said nothing"])[-1]
-        raise WorkerDied(f"killed by signal {-code}, most likely for lack of memory" if code < 0 else last)
+        if code < 0:
+            why = ", most likely for lack of memory" if -code == signal.SIGKILL else ""
+            raise WorkerDied(f"killed by signal {-code}{why}")
+        raise WorkerDied(last)
 
     def ask(self, **request) -> dict:
         """Send a request and wait for its answer."""
@@ -226,7 +231,7 @@ def measure(
     contestants: Sequence[Contestant],
     counts: Sequence[int],
     settings: Settings,
-    progress: Callable[[float, str], None] = lambda share, text: None,
+    progress: Progress = lambda share, text: None,
     verify: Callable[[int, Outputs], None] = lambda frames, outputs: None,
 ) -> Study:
     """Measure every contestant at every count.
@@ -269,7 +274,8 @@ def measure(
                     if (difference := _largest_difference(contestants, outputs)) is not None:
                         study.differences[n] = difference
                     repeated.append(at)
-            _repeat(repeated, settings.budget - sum(c.spent for c in curves), available_memory(), progress)
+            left = settings.budget - sum(c.spent for c in curves)
+            study.together = _repeat(repeated, left, available_memory(), progress)
         finally:
             for worker in workers:
                 worker.close()
@@ -288,7 +294,7 @@ def _advance(
     """The first run at ``frames``, or note why the curve stops."""
     if curve.stopped:
         return None
-    seconds = extrapolate([(p.frames, p.seconds) for p in curve.points], frames)
+    seconds = 2 * extrapolate([(p.frames, p.seconds) for p in curve.points], frames)  # first run and warm-up round
     if seconds > left:
         expected = f"about {seconds:.0f} s expected, {max(left, 0):.0f} s of its budget left"
         curve.stop(frames, "time", f"before {frames} frames: {expected}")
@@ -300,7 +306,7 @@ def _advance(
         return None
     save = folder / "out.npy"
     try:
-        reply = worker.ask(frames=frames, save=str(save))
+        reply = worker.ask(frames=frames, max_bytes=settings.max_bytes, save=str(save))
     except WorkerDied as e:
         if "memory" not in str(e):
             raise RuntimeError(f"{curve.name} failed at {frames} frames: {e}") from None
@@ -325,22 +331,22 @@ class _Repeated:
         self.frames, self.settings = frames, settings
         self.running: list[tuple[Worker, Curve]] = []
         self.first: dict[str, dict] = {}
+        self.warm: dict[str, dict] = {}  # the first run, then the warm-up round
         self.rounds: list[dict[str, dict]] = []
-        self.fits = True  # nobody ran out of memory in a round
 
     def enter(self, worker: Worker, curve: Curve, first: dict) -> None:
         """Add who ran it and what its first run was like."""
         self.running.append((worker, curve))
-        self.first[curve.name] = first
+        self.first[curve.name] = self.warm[curve.name] = first
 
     def calls(self, name: str) -> int:
         """Of a contestant, in a round."""
-        return max(1, math.ceil(self.settings.sample_seconds / max(1e-9, self.first[name]["seconds"])))
+        return max(1, math.ceil(self.settings.sample_seconds / max(1e-9, self.warm[name]["seconds"])))
 
     @property
     def seconds(self) -> float:
-        """What a round takes, from the first runs."""
-        return max(1e-9, sum(self.calls(name) * reply["seconds"] for name, reply in self.first.items()))
+        """What a round takes."""
+        return max(1e-9, sum(self.calls(c.name) * self.warm[c.name]["seconds"] for _, c in self.running))
 
     @property
     def quiet(self) -> list[dict[str, dict]]:
@@ -353,15 +359,28 @@ class _Repeated:
         short = int(s.repeat_seconds * len(self.running) / self.seconds)
         return min(s.max_rounds, max(short, min(s.min_rounds, affordable)))
 
-    def round(self, together: bool) -> None:
-        """One more, in the other order; ``together`` if what the contestants hold fits into memory side by side."""
+    def warm_up(self, available: int, together: bool) -> None:
+        """A round of single calls, which counts only if there is no other."""
+        self.warm |= self._round({c.name: 1 for _, c in self.running}, available, together)
+
+    def round(self, available: int, together: bool) -> None:
+        """One more, in the other order."""
+        calls = {c.name: self.calls(c.name) for _, c in self.running}
+        if found := self._round(calls, available, together):
+            self.rounds.append(found)
+
+    def _round(self, calls: Mapping[str, int], available: int, together: bool) -> dict[str, dict]:
+        """``together`` if what the contestants hold fits into memory side by side: then they take turns. Who runs out
+        of memory, although the first run fitted, keeps that one's figures and takes no further part."""
         found: dict[str, dict] = {}
         waiting = self.running if len(self.rounds) % 2 == 0 else self.running[::-1]
         begin = True
         while waiting:
             unfinished = []
             for worker, curve in waiting:
-                request = {"frames": self.frames, "calls": self.calls(curve.name), "together": together}
+                request = {
+                    "frames": self.frames, "max_bytes": available, "calls": calls[curve.name], "together": together,
+                }  # fmt: skip
                 try:
                     reply = worker.ask(**(request if begin else {"turn": True}))
                 except WorkerDied as e:
@@ -370,20 +389,17 @@ class _Repeated:
                     reply = {"out_of_memory": str(e)}
                 if "more" in reply:
                     unfinished.append((worker, curve))
-                else:
+                elif "out_of_memory" not in reply:
                     found[curve.name] = reply
+                    curve.spent += reply["seconds"] * calls[curve.name]
             waiting, begin = unfinished, False
-        if any("out_of_memory" in reply for reply in found.values()):  # it just fitted before
-            self.fits = False
-        else:
-            self.rounds.append(found)
-            for _, curve in self.running:
-                curve.spent += found[curve.name]["seconds"] * self.calls(curve.name)
+        self.running = [(w, c) for w, c in self.running if c.name in found]
+        return found
 
     def finish(self) -> None:
-        """The rounds that count become the points: the undisturbed ones if there are any."""
-        counted = self.quiet or self.rounds
-        for _, curve in self.running if counted else ():
+        """The rounds that count become the points: the undisturbed ones if there are enough of them."""
+        counted = self.quiet if len(self.quiet) >= QUIET_ROUNDS else self.rounds or [self.warm]
+        for _, curve in self.running:
             own = [r[curve.name] for r in counted]
             point = Point(
                 self.frames,
@@ -395,33 +411,41 @@ class _Repeated:
             curve.points[[p.frames for p in curve.points].index(self.frames)] = point
 
 
-def _repeat(repeated: Sequence[_Repeated], left: float, available: int, progress: Callable[[float, str], None]) -> None:
-    """The rounds of all counts, spread evenly over the time that they take together; ``left`` is what all contestants
-    have left of the budget, ``available`` the free memory. Rounds in which a process had to wait for others are
-    repeated, as many again at most."""
+def _repeat(repeated: Sequence[_Repeated], left: float, available: int, progress: Progress) -> bool:
+    """The rounds of all counts: a warm-up round of each, then the others spread evenly over the time that they take.
+    Rounds in which a process had to wait for others are repeated, as many again at most.
+
+    ``left`` is what all contestants have left of the budget, ``available`` the free memory. Returns whether they fit
+    into it side by side.
+    """
     peaks: dict[str, int] = collections.defaultdict(int)
     for at in repeated:
         for name, reply in at.first.items():
             peaks[name] = max(peaks[name], reply["peak_bytes"])
     together = 3 * sum(peaks.values()) < available  # blocks that are kept have gaps between them
     plan: list[tuple[float, _Repeated]] = []
+    rounds: dict[int, int] = {}
+    for i, at in enumerate(repeated):
+        progress(FIRST_RUNS + WARM_UPS * i / len(repeated), f"{at.frames} frames, warm-up round")
+        at.warm_up(available, together)
+        left -= at.seconds
     for at in repeated:
-        wanted = at.wanted(left)
+        rounds[at.frames] = wanted = at.wanted(left)
         left -= wanted * at.seconds
         plan += [((i + 0.5) / wanted, at) for i in range(wanted)]
-    wanted = collections.Counter(at.frames for _, at in plan)
     plan.sort(key=lambda entry: entry[0])
     total, spent = sum(at.seconds for _, at in plan), 0.0
     for again in (False, True):
         for _, at in plan:
-            if again and len(at.quiet) >= wanted[at.frames]:
+            if again and len(at.quiet) >= rounds[at.frames]:
                 continue
-            progress(1.0 if again else FIRST_RUNS + (1 - FIRST_RUNS) * spent / total, f"{at.frames} frames, rounds")
+            share = 1.0 if again else FIRST_RUNS + WARM_UPS + (1 - FIRST_RUNS - WARM_UPS) * spent / total
+            progress(share, f"{at.frames} frames, rounds")
             spent += at.seconds
-            if at.fits:
-                at.round(together)
+            at.round(available, together)
     for at in repeated:
         at.finish()
+    return together
 
 
 def _quiet(replies: Mapping[str, dict]) -> bool:

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .resident import ResidentMeter, is_out_of_memory, keep_freed_memory, limit_growth, trim_heap
+from .resident import GrowthLimit, ResidentMeter, is_out_of_memory, keep_freed_memory, trim_heap
 from .timing import waited
 
 Run = Callable[[int], Iterable[Tensor]]
@@ -29,11 +29,12 @@ WARM_UP_FRAMES = 2
 def main(config: dict) -> None:
     """Serve requests until stdin closes.
 
-    - ``{"frames", "save"}``: one run under the memory limit, whose memory is measured; ``save`` is a file for the
-      outputs.
-    - ``{"frames", "calls", "together"}``: so many runs, whose mean is the time. Freed memory is kept; it stays kept
-      afterwards if the contestants fit into memory ``together``. If so, others run between the parts: after each
-      the process says ``{"more": true}`` and waits for a line.
+    - ``{"frames", "max_bytes", "save"}``: one run whose memory is measured; ``save`` is a file for the outputs.
+    - ``{"frames", "max_bytes", "calls", "together"}``: so many runs, whose mean is the time. Freed memory is kept; it
+      stays kept afterwards if the contestants fit into memory ``together``. If so, others run between the parts: after
+      each the process says ``{"more": true}`` and waits for a line.
+
+    The process may have ``max_bytes`` more than before the first request.
     """
     if config["threads"]:
         torch.set_num_threads(config["threads"])
@@ -41,17 +42,22 @@ def main(config: dict) -> None:
         run = load(config["setup"])(**config["arguments"])
         for _ in run(WARM_UP_FRAMES):
             pass
-        meter = ResidentMeter()
-        limited = limit_growth(config["max_bytes"])
-        _say({"limited": limited, "method": meter.method, "threads": torch.get_num_threads()})
+        meter, limit = ResidentMeter(), GrowthLimit()
+        _say({"limited": limit.possible, "method": meter.method, "threads": torch.get_num_threads()})
         for line in sys.stdin:
             request = json.loads(line)
+            limit.set(request.pop("max_bytes"))
+            first = "save" in request
+            keep_freed_memory(not first)
             try:
-                _say(_first(run, meter, **request) if "save" in request else _again(run, **request))
+                reply = _first(run, meter, **request) if first else _timed(run, **request)[1]
             except (RuntimeError, MemoryError) as e:
                 if not is_out_of_memory(e):
                     raise
-                _say({"out_of_memory": str(e).partition("\n")[0]})
+                reply = {"out_of_memory": str(e).partition("\n")[0]}
+            if not (first or request["together"]):
+                trim_heap()
+            _say(reply)
 
 
 def load(setup: str) -> Callable[..., Run]:
@@ -61,20 +67,10 @@ def load(setup: str) -> Callable[..., Run]:
 
 
 def _first(run: Run, meter: ResidentMeter, frames: int, save: str) -> dict:
-    keep_freed_memory(False)
     meter.start()
     outputs, reply = _timed(run, frames, 1, False)
     reply["peak_bytes"] = meter.growth()
     np.save(save, torch.cat(outputs).float().numpy())
-    return reply
-
-
-def _again(run: Run, frames: int, calls: int, together: bool) -> dict:
-    limit_growth(None)  # what fitted once may not fit between the blocks that are kept
-    keep_freed_memory(True)
-    _, reply = _timed(run, frames, calls, together)
-    if not together:
-        trim_heap()
     return reply
 
 
@@ -89,7 +85,7 @@ def _timed(run: Run, frames: int, calls: int, together: bool) -> tuple[list[Tens
             took = time.perf_counter() - begin
             seconds += took / calls
             if waited_before is not None:
-                waiting += (waited() - waited_before) / calls
+                waiting += max(0.0, waited() - waited_before) / calls
             if part is None:
                 break
             since += took
@@ -98,7 +94,8 @@ def _timed(run: Run, frames: int, calls: int, together: bool) -> tuple[list[Tens
                 last, since = since / len(part), 0.0
             if together:
                 _say({"more": True})
-                sys.stdin.readline()
+                if not sys.stdin.readline():
+                    raise SystemExit
         latency += last / calls
     wait = None if waited_before is None else waiting / seconds / torch.get_num_threads()
     return outputs, {"seconds": seconds, "latency": latency, "wait": wait}

@@ -125,7 +125,7 @@ def compare(
                 for name in names if n % 2 == 0 else reversed(names):
                     times[name].append(_sample(variants[name], sampled[name]))
                 if waited_before is not None:
-                    waits.append((waited() - waited_before) / (time.perf_counter() - begin) / threads)
+                    waits.append(max(0.0, waited() - waited_before) / (time.perf_counter() - begin) / threads)
                 on_round(n + 1)
     finally:
         if collecting:
@@ -136,22 +136,27 @@ def compare(
 @contextlib.contextmanager
 def own_core(threads: int) -> Iterator[None]:
     """Keep the calling thread on a core of its own, away from this process's other threads, if there are as many cores
-    as ``threads``; nothing where the system has no such call. A thread that starts meanwhile stays on that core."""
+    as ``threads``; nothing where the system has no such call. What starts meanwhile starts on that core."""
     cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_setaffinity") else []
-    if len(cores) < max(2, threads):
-        yield
-        return
-    _place(cores[:1], cores[1:])
+    before: dict[int, set[int]] = {}
     try:
+        if len(cores) >= max(2, threads):
+            for task in _tasks():
+                with contextlib.suppress(OSError):  # it has ended
+                    before[task] = os.sched_getaffinity(task)
+                    os.sched_setaffinity(task, cores[:1] if task == threading.get_native_id() else cores[1:])
         yield
     finally:
-        _place(cores, cores)
+        for task in _tasks() if before else ():
+            with contextlib.suppress(OSError):
+                os.sched_setaffinity(task, before.get(task, cores))
 
 
-def _place(own: list[int], others: list[int]) -> None:
-    for task in map(int, os.listdir("/proc/self/task")):
-        with contextlib.suppress(OSError):  # it has ended
-            os.sched_setaffinity(task, own if task == threading.get_native_id() else others)
+def _tasks() -> list[int]:
+    try:
+        return [int(name) for name in os.listdir("/proc/self/task")]
+    except OSError:
+        return []
 
 
 def _sample(step: Callable[[], Any], calls: int) -> float:
@@ -179,8 +184,8 @@ def _quiet(wait: float) -> bool:
 
 def waited() -> float | None:
     """Seconds that this process's threads were ready to run and did not, since they began."""
-    try:
-        tasks = [path.read_text().split() for path in Path("/proc/self/task").glob("*/schedstat")]
-    except OSError:
-        return None
-    return sum(int(fields[1]) for fields in tasks) / 1e9 if tasks else None
+    waits = []
+    for task in _tasks():
+        with contextlib.suppress(OSError):  # it has ended, or the kernel does not count
+            waits.append(int(Path(f"/proc/self/task/{task}/schedstat").read_text().split()[1]))
+    return sum(waits) / 1e9 if waits else None

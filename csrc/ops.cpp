@@ -1,10 +1,12 @@
 // Registrations through torch's stable ABI. Schemas, fake kernels and autograd are in gate4d/ops.py.
 
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/Exception.h>
+#include <torch/headeronly/util/shim_utils.h>
 
 #include <algorithm>
 #include <atomic>
@@ -82,8 +84,8 @@ gate4d::Heads heads_of(const Tensor& x) { return {x.data_ptr(), x.stride(0), x.s
 template <size_t N>
 Tensor empty(const int64_t (&shape)[N], const int64_t (&strides)[N], int32_t dtype) {
   AtenTensorHandle made;
-  TORCH_ERROR_CODE_CHECK(
-      aoti_torch_empty_strided(N, shape, strides, dtype, aoti_torch_device_type_cpu(), 0, &made));
+  const auto failed = aoti_torch_empty_strided(N, shape, strides, dtype, aoti_torch_device_type_cpu(), 0, &made);
+  STD_TORCH_CHECK(!failed, "gate4d: can't allocate memory for a result");
   return Tensor(made);
 }
 
@@ -91,7 +93,8 @@ Tensor empty(const int64_t (&shape)[N], const int64_t (&strides)[N], int32_t dty
 Tensor empty_heads_last(const Tensor& like, int64_t batch, int64_t heads, int64_t tokens, int64_t dim) {
   int32_t dtype;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(like.get(), &dtype));
-  return empty({batch, heads, tokens, dim}, {tokens * heads * dim, dim, heads * dim, 1}, dtype);
+  const int64_t d = std::max<int64_t>(dim, 1), h = std::max<int64_t>(heads, 1) * d;
+  return empty({batch, heads, tokens, dim}, {std::max<int64_t>(tokens, 1) * h, d, h, 1}, dtype);
 }
 
 template <size_t N>

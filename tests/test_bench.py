@@ -114,13 +114,18 @@ def test_waiting_for_the_processor_is_seen():
 
 @pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="the system places threads by itself")
 def test_the_calling_thread_has_its_core_to_itself():
-    stop, other = threading.Event(), []
-    thread = threading.Thread(target=lambda: (other.append(threading.get_native_id()), stop.wait()))
+    stop = threading.Event()
+    thread = threading.Thread(target=stop.wait)
     thread.start()
     before, seen = os.sched_getaffinity(0), []
-    timing.compare({"a": lambda: seen.append([os.sched_getaffinity(t) for t in (0, other[0])])}, seconds=0, threads=1)
-    stop.set()
-    thread.join()
+    os.sched_setaffinity(thread.native_id, {max(before)})
+    try:
+        step = {"a": lambda: seen.append([os.sched_getaffinity(t) for t in (0, thread.native_id)])}
+        timing.compare(step, seconds=0, threads=1)
+        assert os.sched_getaffinity(thread.native_id) == {max(before)}  # not what it was allowed at first
+    finally:
+        stop.set()
+        thread.join()
     for own, others in seen[timing.WARM_UP_ROUNDS :]:
         assert len(before) < 2 or (len(own) == 1 and others == before - own)
     assert os.sched_getaffinity(0) == before

@@ -171,7 +171,7 @@ def test_stopping_is_said(tmp_path):
     assert curve.stopped is None
     assert outputs["maps"].shape == (4, 2)
     late = advance(tmp_path, {}, left=1.2)[0]
-    assert "about 4 s expected, 1 s" in late.stopped
+    assert "about 8 s expected, 1 s" in late.stopped  # for two runs
     assert late.ended == "time"
     foreseen = advance(tmp_path, {}, limited=False, max_bytes=3 * 2**30)[0]  # where the system sets no limit
     assert "about 4.0 GiB expected, limit 3 GiB" in foreseen.stopped
@@ -186,7 +186,8 @@ def test_stopping_is_said(tmp_path):
 
 
 def repeated(settings, left=60.0, available=2**30, **contestants):
-    """Rounds of fake workers by name; values are a worker and its first reply. Returns the curves."""
+    """Rounds of fake workers by name, after a warm-up round; values are a worker and its first reply. Returns the
+    curves."""
     at, curves = study._Repeated(2, settings), []
     for name, (worker, first) in contestants.items():
         curves.append(Curve(name, [Point(2, (first["seconds"],), first["peak_bytes"], (first["latency"],))]))
@@ -201,21 +202,21 @@ def test_short_counts_are_repeated_and_the_first_run_is_warm_up():
         "a": (waiting, {**REPLY, "seconds": 0.6, "peak_bytes": 9}),
         "b": (FakeWorker({**REPLY, "seconds": 0.25}), {**REPLY, "seconds": 0.15}),
     }
-    slow, fast = repeated(Settings(repeat_seconds=1.5), **entered)
+    slow, fast = repeated(Settings(repeat_seconds=1.6), **entered)
     assert slow.points == [Point(2, (0.5,) * 4, 9, (0.5,) * 4, 0.01)]  # memory is the first run's
     assert fast.points[0].times == (0.25,) * 4
     assert Study([2], [slow, fast]).ratio("a", "b", 2) == 2.0
     waiting.reply["wait"] = 0.5  # twice as many rounds, and none of them quiet: all count
-    slow, _ = repeated(Settings(repeat_seconds=1.5), **entered)
+    slow, _ = repeated(Settings(repeat_seconds=1.6), **entered)
     assert slow.points[0].runs == 8
     assert slow.points[0].wait == 0.5
 
 
-@pytest.mark.parametrize(("left", "times"), [(60.0, (8.0, 8.0)), (12.0, (8.0,)), (5.0, (9.0,))])
+@pytest.mark.parametrize(("left", "times"), [(60.0, (8.0, 8.0, 8.0)), (26.0, (8.0, 8.0)), (5.0, (8.0,))])
 def test_long_counts_are_repeated_as_the_budget_allows(left, times):
     entered = FakeWorker({**REPLY, "seconds": 8.0}), {**REPLY, "seconds": 9.0}
-    assert repeated(Settings(repeat_seconds=1.5), left, a=entered)[0].points[0].times == (9.0,)  # nothing asks for more
-    assert repeated(Settings(repeat_seconds=1.5, min_rounds=2), left, a=entered)[0].points[0].times == times
+    assert repeated(Settings(repeat_seconds=1.5), left, a=entered)[0].points[0].times == (8.0,)  # the warm-up round
+    assert repeated(Settings(repeat_seconds=1.5, min_rounds=3), left, a=entered)[0].points[0].times == times
 
 
 def test_calls_are_put_together_until_a_sample_lasts():
@@ -223,17 +224,17 @@ def test_calls_are_put_together_until_a_sample_lasts():
     settings = Settings(repeat_seconds=1.0, sample_seconds=0.1)
     entered = {"a": (quick, {**REPLY, "seconds": 0.01}), "b": (slow, {**REPLY, "seconds": 0.2})}
     curves = repeated(settings, **entered)
-    assert [request["calls"] for request in quick.asked] == [10] * 5
-    assert [request["calls"] for request in slow.asked] == [1] * 5
-    assert curves[0].spent == pytest.approx(0.1 * 5)
+    assert [request["calls"] for request in quick.asked] == [1, *[10] * 6]
+    assert [request["calls"] for request in slow.asked] == [1] * 7
+    assert curves[0].spent == pytest.approx(0.01 + 0.1 * 6)
 
 
 @pytest.mark.parametrize("died", [False, True])
 def test_out_of_memory_in_a_round_leaves_the_first_run(died):
     reply = study.WorkerDied("killed by signal 9, for lack of memory") if died else {"out_of_memory": "no"}
-    entered = {"a": (FakeWorker(REPLY), REPLY), "b": (FakeWorker(reply), REPLY)}
-    curves = repeated(Settings(repeat_seconds=10.0), **entered)
-    assert [c.points for c in curves] == [[Point(2, (2.0,), 5, (0.5,))]] * 2
+    entered = {"a": (FakeWorker({**REPLY, "seconds": 1.0}), REPLY), "b": (FakeWorker(reply), REPLY)}
+    curves = repeated(Settings(repeat_seconds=3.0), **entered)
+    assert [c.points for c in curves] == [[Point(2, (1.0,) * 3, 5, (0.5,) * 3)], [Point(2, (2.0,), 5, (0.5,))]]
     assert len(entered["b"][0].asked) == 1
     broken = FakeWorker(study.WorkerDied("ValueError: no"))
     with pytest.raises(RuntimeError, match="b failed at 2 frames: ValueError: no"):
@@ -260,7 +261,7 @@ def test_streams_take_turns_if_they_fit_side_by_side():
     ORDER.clear()
     settings = Settings(min_rounds=2)
     repeated(settings, **{name: (StreamingWorker(name), REPLY) for name in "abc"})
-    assert "".join(ORDER) == "abcabcabcabc" + "cbacbacbacba"
+    assert "".join(ORDER) == "abcabcabcabc" * 2 + "cbacbacbacba"  # a warm-up round and two
     for available, together in ((46, True), (45, False)):  # three times 5 bytes each
         fakes = {name: (FakeWorker(REPLY), REPLY) for name in "abc"}
         repeated(settings, available=available, **fakes)
@@ -269,7 +270,7 @@ def test_streams_take_turns_if_they_fit_side_by_side():
 
 def test_rounds_of_all_counts_are_spread(monkeypatch):
     order = []
-    monkeypatch.setattr(study._Repeated, "round", lambda self, together: order.append(self.frames))
+    monkeypatch.setattr(study._Repeated, "round", lambda self, *memory: order.append(self.frames))
     counts = [study._Repeated(n, Settings(min_rounds=rounds)) for n, rounds in ((2, 4), (8, 2))]
     for at in counts:
         at.enter(FakeWorker(REPLY), Curve("a"), REPLY)

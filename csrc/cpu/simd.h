@@ -142,7 +142,8 @@ GATE4D_INLINE vf exp2_clamped(vf x) {
 
 GATE4D_INLINE vf exp2(vf x) { return exp2_clamped(clamp_exponent(x)); }
 
-// log2(x) for normal x > 0; finite for 0 and denormals, so that 0 * log2(0) is 0. Absolute error under 2e-7.
+// log2(x) for normal x > 0; finite for 0 and denormals, so that 0 * log2(0) is 0. Absolute error under 2e-7, and the
+// rounding of the result.
 GATE4D_INLINE vf log2(vf x) {
 #if defined(GATE4D_AVX512)
   // By 16ths of the mantissa: a third of the multiplications of one polynomial over all of it.
