@@ -15,6 +15,7 @@ import torch
 
 import gate4d
 from gate4d.backends import Request, explain, select
+from gate4d.cli.info import processor
 
 from .memory import MIB
 from .rows import Row, Settings
@@ -39,7 +40,7 @@ def surroundings(settings: Settings, command: list[str]) -> dict:
         "backend": select(settings.backend, request).name,
         "backends": explain(request).splitlines(),
         "hardware": {
-            "processor": _processor(),
+            "processor": processor(),
             "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
             "capability": torch.backends.cpu.get_cpu_capability(),
             "memory_bytes": _memory_bytes(),
@@ -179,16 +180,6 @@ def write_into(document: Path, text: str, command: str = "bench") -> None:
 def command_line() -> list[str]:
     """The command as a user types it."""
     return ["gate4d", *sys.argv[1:]]
-
-
-def _processor() -> str:
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()
 
 
 def _memory_bytes() -> int | None:

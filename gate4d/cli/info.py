@@ -45,7 +45,7 @@ def collect() -> dict:
             "platform": platform.platform(),
         },
         "machine": {
-            "processor": _processor(),
+            "processor": processor(),
             "features": _features(),
             "torch_cpu_capability": torch.backends.cpu.get_cpu_capability(),
             "threads": torch.get_num_threads(),
@@ -168,8 +168,13 @@ def _cpuinfo() -> dict[str, str]:
     return {key.strip(): value.strip() for key, value in entries}
 
 
-def _processor() -> str:
-    return _cpuinfo().get("model name") or platform.processor() or platform.machine()
+def processor() -> str:
+    """Name, family and model; virtual machines often hide the part of the name that tells the microarchitecture."""
+    cpu = _cpuinfo()
+    if "model name" not in cpu:
+        return platform.processor() or platform.machine()
+    family = f" (family {cpu['cpu family']}, model {cpu['model']})" if "cpu family" in cpu and "model" in cpu else ""
+    return cpu["model name"] + family
 
 
 def _features() -> dict[str, bool] | None:
