@@ -86,7 +86,7 @@ class Effort:
 
 
 FULL = Effort("full", 300.0, 4.0, 31)
-QUICK = Effort("quick", 85.0, 1.5, 15)
+QUICK = Effort("quick", 85.0, 1.3, 15)
 
 
 def case_of(contestant: str) -> dict:

@@ -4,12 +4,11 @@ At each frame count every implementation runs once, in turn, and its memory is m
 its next count is expected to exceed its share of the time budget, or where it runs out of memory: its process may grow
 by so many bytes, beyond which allocations fail there and nowhere else. The others go on.
 
-Then come a warm-up round and others in alternating order, ratios being taken within a round, as in :mod:`.timing`. What
-else changes is the machine: a neighbour's traffic on the same memory comes and goes within seconds and slows some
-implementations more than others. The rounds of a count are therefore spread over the whole study rather than run in a
-row, and in a round the implementations take turns part by part: a frame of a stream, a layer of a clip. Freed memory is
-kept for the next block in rounds and given back in first runs: memory is then what an implementation holds, and time is
-what it computes.
+Then come a warm-up round and others in alternating order. What changes meanwhile is the machine: a neighbour's traffic
+on the same memory comes and goes within seconds and slows some implementations more than others. The rounds of a count
+are therefore spread over the whole study rather than run in a row, and in a round the implementations take turns part
+by part: a frame of a stream, a layer of a clip. Freed memory is kept for the next block in rounds and given back in
+first runs: memory is then what an implementation holds, and time is what it computes.
 
 Processes wait passively between parallel sections, and their threads stay on a core each (OMP_WAIT_POLICY,
 OMP_PROC_BIND and OMP_PLACES, unless they are set). By chance, threads that spin while another process has their core
@@ -88,7 +87,7 @@ class Point:
 
     Attributes:
         frames: the count.
-        times: seconds a call in each round that counts; entry ``i`` of all contestants is the same round.
+        times: seconds a call in each round that counts.
         latencies: seconds of the last frame in each of them; for a clip its seconds divided by its frames.
         peak_bytes: growth of the resident set in the first run.
         wait: largest share of a round that the process's threads waited for other processes; None if unknown.
@@ -102,8 +101,8 @@ class Point:
 
     @property
     def seconds(self) -> float:
-        """Median of the rounds."""
-        return statistics.median(self.times)
+        """Mean of the faster half of the rounds: what others do to the machine adds time and never takes any."""
+        return _faster_half(self.times)
 
     @property
     def runs(self) -> int:
@@ -112,8 +111,8 @@ class Point:
 
     @property
     def latency(self) -> float:
-        """Median seconds of the last frame."""
-        return statistics.median(self.latencies) if self.latencies else self.seconds / self.frames
+        """Seconds of the last frame, taken in the same way."""
+        return _faster_half(self.latencies) if self.latencies else self.seconds / self.frames
 
     @property
     def fps(self) -> float:
@@ -171,11 +170,11 @@ class Study:
         return next(c for c in self.curves if c.name == name)
 
     def ratio(self, of: str, to: str, frames: int) -> float | None:
-        """Median over the rounds of ``of``'s time / ``to``'s; None where one of them has no point."""
+        """``of``'s time / ``to``'s; None where one of them has no point."""
         a, b = self.curve(of).at(frames), self.curve(to).at(frames)
         if a is None or b is None:
             return None
-        return statistics.median(x / y for x, y in zip(a.times, b.times, strict=False))
+        return a.seconds / b.seconds
 
 
 class WorkerDied(RuntimeError):
@@ -446,6 +445,10 @@ def _repeat(repeated: Sequence[_Repeated], left: float, available: int, progress
     for at in repeated:
         at.finish()
     return together
+
+
+def _faster_half(seconds: Sequence[float]) -> float:
+    return statistics.fmean(sorted(seconds)[: (len(seconds) + 1) // 2])
 
 
 def _quiet(replies: Mapping[str, dict]) -> bool:

@@ -219,6 +219,14 @@ def test_long_counts_are_repeated_as_the_budget_allows(left, times):
     assert repeated(Settings(repeat_seconds=1.5, min_rounds=3), left, a=entered)[0].points[0].times == times
 
 
+def test_what_slows_some_rounds_does_not_count():
+    disturbed = Curve("a", [Point(2, (1.0, 9.0, 1.2, 5.0, 1.1), 7, (0.5, 0.4, 0.6, 3.0, 0.5))])
+    even = Curve("b", [Point(2, (2.0, 2.3, 2.2), 7)])
+    assert disturbed.points[0].seconds == pytest.approx(1.1)
+    assert disturbed.points[0].latency == pytest.approx((0.4 + 0.5 + 0.5) / 3)
+    assert Study([2], [disturbed, even]).ratio("a", "b", 2) == pytest.approx(1.1 / 2.1)
+
+
 def test_calls_are_put_together_until_a_sample_lasts():
     quick, slow = (FakeWorker({**REPLY, "seconds": s}) for s in (0.01, 0.2))
     settings = Settings(repeat_seconds=1.0, sample_seconds=0.1)
