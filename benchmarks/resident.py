@@ -14,6 +14,7 @@ from __future__ import annotations
 import ctypes
 import gc
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 try:
@@ -90,9 +91,8 @@ def keep_freed_memory(keep: bool) -> None:
     """Whether glibc's allocator keeps large blocks that are freed. If it does not, the resident set is what the program
     holds; if it does, time is the program's and not that of the system, which clears every page that it hands out.
     What glibc does by itself is in between and depends on where blocks happen to lie."""
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (OSError, AttributeError, TypeError):  # not glibc
+    mallopt = _glibc("mallopt")
+    if mallopt is None:
         return
     mallopt(M_MMAP_THRESHOLD, 2**17)  # blocks from this size on are taken from the system and given back one by one,
     mallopt(M_MMAP_MAX, 0 if keep else 2**16)  # but no more than so many
@@ -116,7 +116,13 @@ def _max_rss() -> int:
 
 def trim_heap() -> None:
     """Hand free heap pages back to the system."""
+    malloc_trim = _glibc("malloc_trim")
+    if malloc_trim is not None:
+        malloc_trim(0)
+
+
+def _glibc(function: str) -> Callable[..., int] | None:
     try:
-        ctypes.CDLL(None).malloc_trim(0)
-    except (OSError, AttributeError, TypeError):  # not glibc
-        return
+        return getattr(ctypes.CDLL(None), function)
+    except (OSError, AttributeError, TypeError):  # another C library
+        return None

@@ -96,7 +96,7 @@ def case_of(contestant: str) -> dict:
 
 
 def measure(
-    sequence: Sequence, counts: tuple[int, ...], effort: Effort, threads: int, progress: Callable[[float, str], None]
+    sequence: Sequence, counts: tuple[int, ...], effort: Effort, threads: int, progress: study.Progress
 ) -> Study:
     """Run a backbone; the outputs at the first count are compared with float64 before anything is timed further.
 

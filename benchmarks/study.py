@@ -304,12 +304,9 @@ def _advance(
         curve.stop(frames, "memory", f"before {frames} frames: about {peak / 2**30:.1f} GiB expected, {limit}")
         return None
     save = folder / "out.npy"
-    try:
-        reply = worker.ask(frames=frames, max_bytes=settings.max_bytes, save=str(save))
-    except WorkerDied as e:
-        if "memory" not in str(e):
-            raise RuntimeError(f"{curve.name} failed at {frames} frames: {e}") from None
-        curve.stop(frames, "memory", f"at {frames} frames: {e}")
+    reply = _ask(worker, curve, frames, {"frames": frames, "max_bytes": settings.max_bytes, "save": str(save)})
+    if "died" in reply:
+        curve.stop(frames, "memory", f"at {frames} frames: {reply['died']}")
         return None
     if "out_of_memory" in reply or reply["peak_bytes"] > settings.max_bytes:
         curve.stop(frames, "memory", f"at {frames} frames: out of memory, {limit}")
@@ -321,6 +318,16 @@ def _advance(
     if not np.isfinite(outputs[curve.name]).all():
         raise RuntimeError(f"{curve.name} gave outputs that are not finite at {frames} frames.")
     return reply
+
+
+def _ask(worker: Worker, curve: Curve, frames: int, request: dict) -> dict:
+    """The worker's reply, or ``{"died": why}`` for want of memory; any other failure ends the study."""
+    try:
+        return worker.ask(**request)
+    except WorkerDied as e:
+        if "memory" not in str(e):
+            raise RuntimeError(f"{curve.name} failed at {frames} frames: {e}") from None
+        return {"died": str(e)}
 
 
 class _Repeated:
@@ -380,15 +387,10 @@ class _Repeated:
                 request = {
                     "frames": self.frames, "max_bytes": available, "calls": calls[curve.name], "together": together,
                 }  # fmt: skip
-                try:
-                    reply = worker.ask(**(request if begin else {"turn": True}))
-                except WorkerDied as e:
-                    if "memory" not in str(e):
-                        raise RuntimeError(f"{curve.name} failed at {self.frames} frames: {e}") from None
-                    reply = {"out_of_memory": str(e)}
+                reply = _ask(worker, curve, self.frames, request if begin else {"turn": True})
                 if "more" in reply:
                     unfinished.append((worker, curve))
-                elif "out_of_memory" not in reply:
+                elif "seconds" in reply:  # else it ran out of memory
                     found[curve.name] = reply
                     curve.spent += reply["seconds"] * calls[curve.name]
             waiting, begin = unfinished, False

@@ -58,7 +58,7 @@ def measure(
     motion: Tensor,  # [T, patches] in [0, 1]
     counts: Sequence[int],
     settings: Settings,
-    progress: Callable[[float, str], None] = lambda share, text: None,
+    progress: study.Progress = lambda share, text: None,
     implementations: Sequence[str] = tuple(IMPLEMENTATIONS),
 ) -> tuple[study.Study, float]:
     """Measure every implementation at every count; see :func:`gate4d.benchmarks.study.measure`.
