@@ -54,7 +54,7 @@ sanitize: setup
 	  (cd $(SANITIZED)/lib && GATE4D_CPU_ISA=$$isa PYTHONPATH=. PYTHONDONTWRITEBYTECODE=1 \
 	    LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so)" \
 	    ASAN_OPTIONS=detect_leaks=0:protect_shadow_gap=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
-	    $(CURDIR)/$(PY) -m pytest -p no:cacheprovider -c $(CURDIR)/pyproject.toml $(CURDIR)/tests/test_attention.py \
+	    $(CURDIR)/$(PY) -m pytest -p no:cacheprovider -c $(CURDIR)/pyproject.toml $(CURDIR)/tests/kernels/test_attention.py \
 	    -k "cpu and (sizes or layouts or unequal or empty or logit or nothing or capped) and not 1041" $(ARGS)) || exit 1; \
 	done
 

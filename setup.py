@@ -81,8 +81,9 @@ setup(
     packages=[*find_packages(include=["gate4d", "gate4d.*"]), *mapped, *nested],
     package_dir={"gate4d": "gate4d", **mapped},
     package_data={
-        "gate4d": ["py.typed", "_build_report.json", "auto_order.json"],
-        "gate4d.kernels.attention": ["triton_tuned.json"],
+        "gate4d": ["py.typed", "_build_report.json"],
+        "gate4d.kernels._triton": ["triton_tuned.json"],
+        "gate4d.kernels.attention": ["auto_order.json"],
         "gate4d.models": ["weights/*"],
     },
     **({} if reason else build_options()),

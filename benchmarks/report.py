@@ -14,8 +14,8 @@ from pathlib import Path
 import torch
 
 import gate4d
-from gate4d.backends import Request, explain, select
 from gate4d.cli.info import processor
+from gate4d.kernels.attention.backends import Request, explain, select
 
 from .memory import MIB
 from .rows import Row, Settings

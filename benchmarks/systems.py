@@ -19,10 +19,10 @@ from torch import Tensor
 
 import gate4d
 from gate4d import GramMap, GramRecipe, MotionGate, TokenLayout, Visibility, gated_attention
-from gate4d.methods.masks import dynamic_masks, patch_masks
-from gate4d.methods.more_losses import attention_forcing
-from gate4d.saliency.cues import raw_cue, standardised
-from gate4d.saliency.gram import minmax
+from gate4d.methods.losses import attention_forcing
+from gate4d.methods.segmentation import dynamic_masks, patch_masks
+from gate4d.statistics.cues import raw_cue, standardised
+from gate4d.statistics.gram import minmax
 from gate4d.statistics.logits import mean_logits
 
 from . import memory

@@ -4,17 +4,19 @@ from .functional import AttentionAux, gated_attention
 from .gates import MotionGate
 from .integrations import inspect, patch
 from .moments import Moments
-from .saliency import (
+from .statistics import (
     GramMap,
     GramRecipe,
     GramResult,
     GramSaliency,
     PairMaps,
     PairSaliency,
+    cross_moments,
+    logit_moments,
     motion_cue,
+    received_attention,
     state_confidence,
 )
-from .statistics import cross_moments, logit_moments, received_attention
 from .visibility import TokenLayout, Visibility
 
 __version__ = "0.1.0"

@@ -8,8 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .backends import Call, Request, select
 from .gates import MotionGate
+from .kernels.attention.backends import Call, Request, select
 from .visibility import Visibility
 
 ROW_STATS = ("entropy", "max_prob", "sum_sq")

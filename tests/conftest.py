@@ -10,7 +10,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch: spinning th
 import pytest
 import torch
 
-from gate4d import backends
+from gate4d.kernels.attention import backends
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -14,9 +14,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from accuracy import assert_accurate
-from attention_cases import GATES, Case, draw, evaluate, exact
-from torch_attention import torch_attention
+from helpers.accuracy import assert_accurate
+from helpers.attention_cases import GATES, Case, draw, evaluate, exact
+from helpers.torch_attention import torch_attention
 
 from gate4d import MotionGate
 from gate4d.benchmarks.gpu import hopper

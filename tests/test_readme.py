@@ -9,8 +9,8 @@ import torch
 from standins import vggt
 
 import gate4d
+from gate4d import handle as registry
 from gate4d.cli.main import COMMANDS
-from gate4d.integrations import registry
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from gate4d import backends
+from gate4d.kernels.attention import backends
 
 from .info import collect, field
 

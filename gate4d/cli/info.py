@@ -13,8 +13,8 @@ from pathlib import Path
 import torch
 
 import gate4d
-from gate4d import backends
-from gate4d._library import library_error
+from gate4d.kernels._library import library_error
+from gate4d.kernels.attention import backends
 
 # Names as Linux spells them; None elsewhere, where only torch's own summary is known.
 FEATURES = {"AVX2": "avx2", "FMA": "fma", "AVX-512F": "avx512f", "AVX512-BF16": "avx512_bf16", "AMX-BF16": "amx_bf16"}

@@ -67,8 +67,8 @@ def run(args: argparse.Namespace) -> int:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
     import gate4d
-    from gate4d.methods.common import patch_size
-    from gate4d.methods.outputs import collect
+    from gate4d.methods.results import collect
+    from gate4d.methods.rollout import patch_size
     from gate4d.models import MODELS, TRAINED_PATCHES
 
     options = dict(map(_option, args.option))

@@ -16,7 +16,7 @@ from gate4d.benchmarks.resident import ResidentMeter
 from gate4d.data import Clip
 from gate4d.evaluation import camera_errors, depth_errors, mask_iou, similarity
 from gate4d.evaluation.systems import early_masking
-from gate4d.models.geometry import decode_pose, invert
+from gate4d.geometry import decode_pose, invert
 
 _COLORS = {"truth": "#333333", "no gates": "#c0392b", "gates": "#1a6fb5", "stream": "#2e8b57"}
 ABOUT = {

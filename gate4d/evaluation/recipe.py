@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from ..data import Batch
 from ..data.procedural import render_scenes
 from ..data.procedural.scene import random_scene
-from ..methods.masks import dynamic_masks, patch_masks
+from ..methods.segmentation import dynamic_masks, patch_masks
 from ..models import load
-from ..saliency.gram import GramMap, GramRecipe, GramSaliency, minmax
+from ..statistics.gram import GramMap, GramRecipe, GramSaliency, minmax
 from .metrics import mask_counts
 
 WINDOW = (-3, -2, -1, 1, 2, 3)

@@ -14,11 +14,11 @@ from torch import Tensor, nn
 
 from ..data import Batch
 from ..gates import MotionGate
-from ..integrations.registry import patch
-from ..methods.common import recurrent_steps, recurrent_views
-from ..methods.masks import patch_masks
-from ..models.geometry import decode_pose, invert
-from ..saliency.gram import GramMap, GramRecipe
+from ..geometry import decode_pose, invert
+from ..handle import patch
+from ..methods.rollout import recurrent_steps, recurrent_views
+from ..methods.segmentation import patch_masks
+from ..statistics.gram import GramMap, GramRecipe
 from ..visibility import Visibility
 
 # VGGT4D's recipe speaks of 24 blocks. This one is for the four of the small alternating model: see .recipe.

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from ..gates import MotionGate
-from ..integrations.registry import register_method
+from ..handle import register_method
 from ..integrations.table import AttentionTable
-from ..saliency.pairs import PairMaps, PairSaliency
-from .common import clip_images, patch_size, require_family, require_parts
-from .masks import DynamicMasks, dynamic_masks, patch_masks
+from ..statistics.pairs import PairMaps, PairSaliency
+from .rollout import clip_images, patch_size, require_family, require_parts
+from .segmentation import DynamicMasks, dynamic_masks, patch_masks
 
 Pair = tuple[int, int]
 
@@ -25,7 +25,7 @@ class Easi3rPass(NamedTuple):
         predictions: what the model returns for a pair, ``(of view 1, of view 2)``, or what ``keep`` made of it; in the
             order of the pairs.
         maps: the :class:`gate4d.PairMaps` of the pass, ``[T, h, w]``; ``dyn`` is A_dyn.
-        masks: the :class:`~gate4d.methods.masks.DynamicMasks` that follow from them.
+        masks: the :class:`~gate4d.methods.segmentation.DynamicMasks` that follow from them.
     """
 
     predictions: list[Any]
@@ -54,11 +54,11 @@ class Easi3r:
     """Easi3R's two passes over the pairs of a sliding window.
 
     In the first pass :class:`gate4d.PairSaliency` watches the cross-attention of both decoders; its A_dyn becomes
-    masks by :func:`~gate4d.methods.masks.dynamic_masks`. In the second pass static tokens of a pair's first image
-    lose the attention they paid to dynamic tokens of the second, after the softmax and without dividing again, in all
-    layers of the view-1 decoder's cross-attention and nowhere else. A token is dynamic if any pixel of its patch is.
-    Every image is encoded once: the encoder does not depend on the masks. The model's own decoders and heads run, so
-    its predictions have the model's form. Works on DUSt3R, MonST3R and on the authors' fork of them.
+    masks by :func:`~gate4d.methods.segmentation.dynamic_masks`. In the second pass static tokens of a pair's first
+    image lose the attention they paid to dynamic tokens of the second, after the softmax and without dividing again,
+    in all layers of the view-1 decoder's cross-attention and nowhere else. A token is dynamic if any pixel of its patch
+    is. Every image is encoded once: the encoder does not depend on the masks. The model's own decoders and heads run,
+    so its predictions have the model's form. Works on DUSt3R, MonST3R and on the authors' fork of them.
 
     Args:
         pair_window: a frame is paired with as many frames after it (the authors' demo: 5).

@@ -1,6 +1,6 @@
 """MoRe (arXiv 2603.05078) on the VGGT family: frame-causal attention, streaming, and a second look for the cameras.
 
-Its training losses are in :mod:`gate4d.methods.more_losses`.
+Its training losses are in :mod:`gate4d.methods.losses`.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from ..handle import register_method
 from ..integrations.base import Options
-from ..integrations.registry import register_method
 from ..integrations.table import AttentionTable
 from ..nn.attention import AttentionControl
 from ..nn.cache import FrameKVCache
 from ..visibility import TokenLayout, Visibility
-from .common import require_family, require_parts, stream_images
+from .rollout import require_family, require_parts, stream_images
 
 CAUSAL = ("frame", "token")
 

@@ -10,10 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..gates import MotionGate
-from ..integrations.registry import register_method
+from ..handle import register_method
 from ..integrations.table import AttentionTable
-from ..saliency.cues import CUES, raw_cue, standardised
-from .common import RecurrentMethod
+from ..statistics.cues import CUES, raw_cue, standardised
+from .rollout import RecurrentMethod
 
 # direction: role of the attention it gates, gate from the image tokens' scores [B, N]
 _DIRECTIONS = {

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .masks import kmeans
+from .segmentation import kmeans
 
 FORMS = ("authors", "paper")
 _ELLIPSE = np.ones((5, 5), dtype=bool)  # the corners and their neighbours on the short sides are off

@@ -8,10 +8,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..integrations.registry import register_method
+from ..handle import register_method
 from ..integrations.table import AttentionTable
 from ..statistics.logits import mean_logits
-from .common import RecurrentMethod
+from .rollout import RecurrentMethod
 
 
 class Ttt3rFrame(NamedTuple):

@@ -9,14 +9,14 @@ import torch
 from torch import Tensor, nn
 
 from ..gates import MotionGate
-from ..integrations.registry import register_method
+from ..geometry import decode_pose, invert
+from ..handle import register_method
 from ..integrations.table import AttentionTable
-from ..models.geometry import decode_pose, invert
-from ..saliency.gram import RECIPES, GramRecipe, GramResult, GramSaliency
+from ..statistics.gram import RECIPES, GramRecipe, GramResult, GramSaliency
 from ..visibility import TokenLayout
-from .common import clip_images, require_family, require_parts
-from .masks import DynamicMasks, dynamic_masks, patch_masks
 from .refine import FORMS, refine_masks
+from .rollout import clip_images, require_family, require_parts
+from .segmentation import DynamicMasks, dynamic_masks, patch_masks
 
 # (predictions of the first pass, of the second, (height, width)) to depth, intrinsics and poses for refine_masks.
 Geometry = Callable[[Mapping[str, Any], Mapping[str, Any], tuple[int, int]], tuple[Tensor, Tensor, Tensor]]
@@ -28,7 +28,7 @@ class Vggt4dResult(NamedTuple):
 
     Attributes:
         predictions: of the first pass, with the camera outputs of the second.
-        masks: the :class:`~gate4d.methods.masks.DynamicMasks` of the clip, which gated the second pass.
+        masks: the :class:`~gate4d.methods.segmentation.DynamicMasks` of the clip, which gated the second pass.
         saliency: the :class:`gate4d.GramResult` of the first pass, ``[1, T, patches]``.
         refined_masks: bool ``[T, H, W]``, the masks after :func:`~gate4d.methods.refine.refine_masks`, which the
             authors write out; None without refinement.
@@ -45,8 +45,8 @@ class Vggt4d:
     """VGGT4D's two passes over a clip, and the refinement of the masks by reprojection.
 
     The first pass is the plain model; :class:`gate4d.GramSaliency` watches its global attention. The saliency becomes
-    masks by :func:`~gate4d.methods.masks.dynamic_masks` on the features of the patch encoder. The second pass drops
-    the keys and values of dynamic patches (any dynamic pixel) in the first layers, in frame and global attention
+    masks by :func:`~gate4d.methods.segmentation.dynamic_masks` on the features of the patch encoder. The second pass
+    drops the keys and values of dynamic patches (any dynamic pixel) in the first layers, in frame and global attention
     alike, special tokens spared; it reuses the patch encoder's features, which the masks do not change. Cameras are
     those of the second pass, everything else of the first. Then the masks are refined with depth and intrinsics of
     the first pass and poses of the second, as the authors do.
@@ -200,7 +200,7 @@ def vggt_geometry(
     """Depth ``[T, H, W]``, intrinsics ``[T, 3, 3]`` and poses (camera to world) ``[T, 4, 4]`` of VGGT's predictions.
 
     ``depth`` (``[1, T, H, W, 1]`` or ``[1, T, H, W]``) and the field of view come from the first pass, the poses from
-    the second. ``pose_enc [1, T, 9]`` is VGGT's encoding, see :mod:`gate4d.models.geometry`.
+    the second. ``pose_enc [1, T, 9]`` is VGGT's encoding, see :mod:`gate4d.geometry`.
 
     Raises:
         KeyError: ``depth`` or ``pose_enc`` is missing.

@@ -14,10 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..geometry import chained
 from ..nn import FrameKVCache, RoPE2D, SelfAttention
 from ..nn.attention import AttentionControl, split_qkv
 from ..visibility import TokenLayout, Visibility
-from .geometry import chained
 from .matching import Matching, remember
 
 REGISTERS = 4
@@ -339,7 +339,7 @@ class AlternatingModel(nn.Module):
             camera_pass: adds ``"global_pose_enc"``, from copies of the camera tokens that see all frames.
 
         Returns:
-            ``pose_enc [B, T, 9]`` (see :mod:`gate4d.models.geometry`), ``depth [B, T, H, W, 1]`` > 0 in units of the
+            ``pose_enc [B, T, 9]`` (see :mod:`gate4d.geometry`), ``depth [B, T, H, W, 1]`` > 0 in units of the
             first frame's mean depth, ``depth_conf [B, T, H, W]`` >= 1, ``motion [B, T, H, W]`` logits (> 0: moving)
             and ``images``.
 

@@ -13,10 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..methods.common import recurrent_steps, recurrent_views
+from ..geometry import chained
+from ..methods.rollout import recurrent_steps, recurrent_views
 from ..nn import CrossAttention, RoPE2D, SelfAttention
 from .alternating import CameraHead, DenseHead, Features, LayerScale, PatchEmbed, check_clip
-from .geometry import chained
 from .matching import Matching
 
 View = dict[str, Any]
@@ -154,8 +154,8 @@ class RecurrentModel(nn.Module):
         return {name: torch.cat([f[name] for f in found], dim=1) for name in found[0]}
 
     def stream(self, frames: Iterable[Any]) -> Iterable[dict[str, Tensor]]:
-        """Predictions frame by frame, ``[B, 1, ...]`` each; frames as of :func:`gate4d.methods.common.recurrent_views`,
-        or a clip ``[B, T, 3, H, W]``."""
+        """Predictions frame by frame, ``[B, 1, ...]`` each; frames as of
+        :func:`gate4d.methods.rollout.recurrent_views`, or a clip ``[B, T, 3, H, W]``."""
         clip = frames.unbind(1) if isinstance(frames, Tensor) and frames.dim() == 5 else frames
         with torch.no_grad():
             for prediction, _ in recurrent_steps(self, recurrent_views(clip, device=self.pose_token.device)):

@@ -1,6 +1,6 @@
 """Training of the small models: ``python -m gate4d.models.train --model alternating --steps 6000 --seed 0 --out DIR``.
 
-MoRe's recipe (:class:`gate4d.methods.more_losses.MoreRecipe`) on rendered clips, full and causal over frames in turn.
+MoRe's recipe (:class:`gate4d.methods.losses.MoreRecipe`) on rendered clips, full and causal over frames in turn.
 Step ``n`` depends on the seed, ``n`` and the step before alone, so a resumed training equals an uninterrupted one bit
 for bit on a CPU with the same number of threads. The learning rate is constant after its warm-up and falls to 0 over
 the last ``cooldown`` steps; so a longer training may go on from a shorter one stopped before its cool-down.
@@ -26,10 +26,10 @@ import torch
 from torch import Tensor, nn
 
 from ..data import procedural
-from ..methods.more_losses import ForcedAttention, MoreRecipe
+from ..geometry import normalised
+from ..methods.losses import ForcedAttention, MoreRecipe
 from ..visibility import Visibility
 from .files import MODELS, WeightsError, build, read_safetensors, save_weights
-from .geometry import normalised
 
 VALIDATION_SEED = 2**20
 OVERLAP = 0.5  # weight of mask_overlap
@@ -142,7 +142,7 @@ def atomically(path: Path, write: Any) -> None:
 
 
 def targets_of(batch: procedural.Batch) -> dict[str, Tensor]:
-    """What the model is to predict for a batch; see :func:`gate4d.models.geometry.normalised`."""
+    """What the model is to predict for a batch; see :func:`gate4d.geometry.normalised`."""
     pose_enc, depth, _ = normalised(batch.poses, batch.depth, batch.intrinsics)
     return {"pose_enc": pose_enc, "depth": depth, "motion": batch.motion}
 

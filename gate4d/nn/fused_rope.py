@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from ..ops import empty_heads_last
+from ..kernels.attention.op import empty_heads_last
 from .rope import RoPE2D
 
 MAX_HEAD_DIM = 256

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .. import statistics_ops  # noqa: F401  (registers the operator)
-from .._library import kernel_error
-from ..cuda import kernel_reasons
+from ..kernels._library import kernel_error
+from ..kernels.attention.torch_backends import kernel_reasons
+from ..kernels.cross_moments import op  # noqa: F401  (registers the operator)
 from ..moments import Moments
 
 _TILE = (512, 4096)  # rows and columns of the streamed product: 8 MiB in fp32

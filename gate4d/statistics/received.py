@@ -7,11 +7,11 @@ from collections.abc import Collection
 import torch
 from torch import Tensor
 
-from .. import statistics_ops  # noqa: F401  (registers the operator)
-from .._library import kernel_error
-from ..cuda import kernel_reasons
 from ..functional import _check_gate, _check_visible, _score
 from ..gates import MotionGate
+from ..kernels._library import kernel_error
+from ..kernels.attention.torch_backends import kernel_reasons
+from ..kernels.received_attention import op  # noqa: F401  (registers the operator)
 from ..moments import Moments
 from ..visibility import Visibility
 from .logits import check_over, check_pair

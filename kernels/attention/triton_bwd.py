@@ -13,7 +13,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ..triton_common import gate_base, load_row, probability, query_tiles, reach, row_bounds, row_lse, seen_by_all
+from .._triton.primitives import gate_base, load_row, probability, query_tiles, reach, row_bounds, row_lse, seen_by_all
 
 
 @triton.jit

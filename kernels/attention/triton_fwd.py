@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ..triton_common import exp2_tile, gate_base, gate_weight, load_row, reach, row_bounds, seen_by_all, to_natural
+from .._triton.primitives import exp2_tile, gate_base, gate_weight, load_row, reach, row_bounds, seen_by_all, to_natural
 
 
 @triton.jit

@@ -8,11 +8,11 @@ import torch
 import triton
 from torch import Tensor
 
-from ..triton_common import KEY_GATE, LOG2E, NO_GATE, PAIR_GATE, power_code, reach_kernel, tile_max_kernel
-from ..triton_runtime import block_dim, capability, dot_precision, heads_last, launch, processors, readable, strides
+from .._triton.configurations import Config, config
+from .._triton.primitives import KEY_GATE, LOG2E, NO_GATE, PAIR_GATE, power_code, reach_kernel, tile_max_kernel
+from .._triton.runtime import block_dim, capability, dot_precision, heads_last, launch, processors, readable, strides
 from .compaction import Kept
 from .triton_bwd import delta_kernel, grad_key_kernel, grad_query_kernel
-from .triton_configs import Config, config
 from .triton_fwd import forward_kernel
 
 MAX_HEAD_DIM = 256

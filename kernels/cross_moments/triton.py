@@ -12,8 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..attention.triton_configs import config
-from ..triton_runtime import capability, dot_precision, launch, processors
+from .._triton.configurations import config
+from .._triton.runtime import capability, dot_precision, launch, processors
 
 _LARGEST_HALF = 2.0**14  # magnitude that half-precision columns are brought to: far from both ends of their range
 

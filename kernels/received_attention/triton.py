@@ -7,10 +7,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..attention.triton_configs import config
+from .._triton.configurations import config
+from .._triton.primitives import gate_base, load_row, probability, query_tiles, row_lse, seen_by_all
+from .._triton.runtime import block_dim, capability, launch, strides
 from ..attention.triton_launch import problem, query_reach
-from ..triton_common import gate_base, load_row, probability, query_tiles, row_lse, seen_by_all
-from ..triton_runtime import block_dim, capability, launch, strides
 
 
 @triton.jit

@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 import torch
-from accuracy import assert_accurate
-from attention_cases import GATES as MAKE_GATE
-from attention_cases import Case, check, draw, evaluate, exact
+from helpers.accuracy import assert_accurate
+from helpers.attention_cases import GATES as MAKE_GATE
+from helpers.attention_cases import Case, check, draw, evaluate, exact
+from helpers.torch_attention import torch_attention
 from torch import Tensor
-from torch_attention import torch_attention
 
 import gate4d
 from gate4d.benchmarks.gpu import hopper

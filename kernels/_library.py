@@ -1,0 +1,44 @@
+"""Loads the compiled kernels, or remembers why they are not there."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+
+# The library lies in the installed package; this file may lie elsewhere, in an editable install.
+_PACKAGE = Path(sys.modules[__package__.partition(".")[0]].__path__[0])
+_error: str | None = None
+
+
+def _load() -> str | None:
+    libraries = sorted(_PACKAGE.glob("_C*.so"))
+    if not libraries:
+        report = _PACKAGE / "_build_report.json"
+        why = "it was not built"
+        if report.exists():
+            why = json.loads(report.read_text()).get("skipped", why)
+        return f"the compiled library is missing ({why}); install a C++ compiler and reinstall gate4d"
+    try:
+        torch.ops.load_library(libraries[-1])
+    except OSError as e:
+        name = libraries[-1].name
+        return f"the compiled library {name} does not load ({e}); reinstall gate4d against torch {torch.__version__}"
+    return None
+
+
+_error = _load()
+
+
+def library_error() -> str | None:
+    """Why the compiled CPU kernels cannot be used; None if they can."""
+    return _error
+
+
+def kernel_error(operator: str) -> str | None:
+    """Why the compiled CPU kernel of ``gate4d::operator`` cannot be used; None if it can."""
+    if _error is None and not torch._C._dispatch_has_kernel_for_dispatch_key(f"gate4d::{operator}", "CPU"):
+        return "the compiled library has no kernel for it; reinstall gate4d"
+    return _error

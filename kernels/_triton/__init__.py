@@ -1,0 +1,1 @@
+"""What every Triton kernel shares: launching, recording and inspecting, building blocks, configurations."""

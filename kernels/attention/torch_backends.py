@@ -1,0 +1,177 @@
+"""The CUDA side of the operators, and the backends of gated attention that run there.
+
+Triton is imported by the first call that needs it, never by ``import gate4d``. The kernels were checked with Triton's
+interpreter and in compiled machine code; they have not run on a GPU yet.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from importlib.util import find_spec
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from .backends import Call, Request
+
+MAX_HEAD_DIM = 256
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@torch.library.impl("gate4d::attention_forward", "CUDA")
+def _attention_forward(*args):
+    from .triton_launch import forward
+
+    return forward(*args)
+
+
+@torch.library.impl("gate4d::attention_backward", "CUDA")
+def _attention_backward(*args):
+    from .triton_launch import backward
+
+    return backward(*args)
+
+
+@torch.library.impl("gate4d::received_attention", "CUDA")
+def _received_attention(*args):
+    from ..received_attention.triton import received_attention
+
+    return received_attention(*args)
+
+
+@torch.library.impl("gate4d::cross_moments", "CUDA")
+def _cross_moments(*args):
+    from ..cross_moments.triton import cross_moments
+
+    return cross_moments(*args)
+
+
+@cache
+def _has_triton() -> bool:
+    return find_spec("triton") is not None
+
+
+def kernel_reasons(device_type: str, dtype: torch.dtype, head_dim: int) -> list[str]:
+    """Why the Triton kernels cannot serve tensors of this kind; empty if they can."""
+    reasons = []
+    if not _has_triton():
+        reasons.append("triton is not installed; pip install gate4d[triton]")
+    if device_type != "cuda":
+        missing = "" if torch.cuda.is_available() else " (there is no CUDA device)"
+        reasons.append(f"it needs CUDA tensors, got {device_type}{missing}")
+    elif torch.cuda.is_available() and (capability := torch.cuda.get_device_capability()) < (8, 0):
+        reasons.append(f"it needs compute capability 8.0 or newer, got {capability[0]}.{capability[1]}")
+    if dtype not in _DTYPES:
+        reasons.append(f"it supports float32, bfloat16 and float16, got {str(dtype).removeprefix('torch.')}")
+    if not 1 <= head_dim <= MAX_HEAD_DIM:
+        reasons.append(f"it supports head dimensions from 1 to {MAX_HEAD_DIM}, got {head_dim}")
+    return reasons
+
+
+def triton_reasons(r: Request) -> list[str]:
+    narrowest, widest = sorted((r.head_dim, r.value_dim))
+    return kernel_reasons(r.device_type, r.dtype, widest if narrowest else 0)
+
+
+def _sdpa_reasons(r: Request, gate: str) -> list[str]:
+    reasons = []
+    if r.gate != gate:
+        got = f"one of the kind {r.gate!r}" if r.gate else "a call without a gate"
+        reasons.append(f"it serves gates of the kind {gate!r} alone, got {got}")
+    if r.masked:
+        reasons.append("it would need a dense mask for this visibility")
+    if r.aux:
+        reasons.append("it returns neither lse nor row statistics")
+    return reasons
+
+
+def flex_reasons(r: Request) -> list[str]:
+    reasons = []
+    if not _has_triton():
+        reasons.append("triton is not installed; pip install gate4d[triton]")
+    if r.device_type != "cuda":
+        reasons.append(f"it needs CUDA tensors, got {r.device_type}")
+    if r.dtype not in _DTYPES:
+        reasons.append(f"it supports float32, bfloat16 and float16, got {str(r.dtype).removeprefix('torch.')}")
+    if min(r.head_dim, r.value_dim) < 16:
+        reasons.append(f"it supports head dimensions from 16 on, got {min(r.head_dim, r.value_dim)}")
+    if r.masked:
+        reasons.append("it would need a block mask made for this visibility")
+    if r.aux:
+        reasons.append("it returns neither lse nor row statistics")
+    if r.gate and not r.renormalize:
+        reasons.append("it always normalises with the gate's weights")
+    if r.learned:
+        reasons.append("it gives no gradient to the gate's scores")
+    return reasons
+
+
+@cache
+def _flex_attention():
+    from torch.nn.attention.flex_attention import flex_attention
+
+    return torch.compile(flex_attention, dynamic=False)
+
+
+def run_flex(c: Call) -> tuple[Tensor, None, None]:
+    """torch's FlexAttention, compiled, with the logarithm of the weight added to each logit; compiles once a shape.
+
+    Not run on a GPU yet, and so in no order of ``auto``: only a measured row can put it there.
+    """
+
+    def gated(score, b, h, i, j):
+        if c.key_score is not None and c.strength != 0:
+            product = c.key_score[b, j] if c.query_score is None else c.query_score[b, i] * c.key_score[b, j]
+            score = score + c.strength * torch.log(1 - product)
+        if c.dropped_keys is not None:
+            score = torch.where(c.dropped_keys[b, j], -torch.inf, score)
+        return score
+
+    plain = c.key_score is None and c.dropped_keys is None
+    return _flex_attention()(c.q, c.k, c.v, score_mod=None if plain else gated, scale=c.scale), None, None
+
+
+def folded_reasons(r: Request) -> list[str]:
+    return _sdpa_reasons(r, "keys")
+
+
+def run_folded(c: Call) -> tuple[Tensor, None, None]:
+    """A gate on keys alone as plain SDPA: its weight is multiplied into V, and an extra column of V sums it.
+
+    Its error grows with the share of the un-gated softmax that the gate takes away, so ``auto`` does not choose it.
+    """
+    from .reference import gate_weight
+
+    weight = gate_weight(None, c.key_score, c.strength)[:, :, :, None].to(c.v.dtype)  # [B, 1, Nk, 1]
+    value = c.v * weight
+    if not c.renormalize:
+        return F.scaled_dot_product_attention(c.q, c.k, value, scale=c.scale), None, None
+    extra = weight.expand(*c.v.shape[:3], 8)  # 8 columns keep the rows of V aligned for the fast kernels
+    both = F.scaled_dot_product_attention(c.q, c.k, torch.cat((value, extra), -1), scale=c.scale)
+    out, total = both[..., : c.v.shape[3]], both[..., c.v.shape[3], None]
+    alive = total > 0
+    return torch.where(alive, out / torch.where(alive, total, 1.0), 0.0), None, None
+
+
+def compacted_reasons(r: Request) -> list[str]:
+    reasons = _sdpa_reasons(r, "drop")
+    if torch.compiler.is_compiling():
+        reasons.append("it reads the number of kept keys, which torch.compile cannot trace")
+    return reasons
+
+
+def run_compacted(c: Call) -> tuple[Tensor, None, None]:
+    """Dropped keys as a gather of the kept ones, followed by the fastest plain SDPA. Waits for the device once a
+    batch item, to learn how many are kept."""
+
+    def item(b: int) -> Tensor:
+        keep = (~c.dropped_keys[b]).nonzero().squeeze(1)
+        q, k, v = (x[b : b + 1] for x in (c.q, c.k, c.v))
+        if not keep.numel():
+            return q.new_zeros(*q.shape[:3], v.shape[3])
+        return F.scaled_dot_product_attention(q, k.index_select(2, keep), v.index_select(2, keep), scale=c.scale)
+
+    return torch.cat([item(b) for b in range(c.q.shape[0])]), None, None

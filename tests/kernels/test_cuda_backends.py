@@ -1,0 +1,153 @@
+"""Backends for CUDA tensors as far as a CPU can show: reasons, order, registration, and those made of torch calls."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import gate4d
+from gate4d import MotionGate, Visibility
+from gate4d.kernels.attention import backends
+from gate4d.kernels.attention import torch_backends as cuda
+from gate4d.kernels.attention.backends import Request, auto_order, explain
+
+
+def request_(device: str = "cuda", dtype: torch.dtype = torch.bfloat16, dim: int = 64, **options) -> Request:
+    options = {"gated": True, "masked": False, "aux": False, "gate": "pairwise", **options}
+    return Request(device, dtype, dim, dim, **options)
+
+
+def test_importing_gate4d_does_not_import_triton() -> None:
+    code = "import sys, gate4d; sys.exit('triton' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.parametrize("name", ["attention_forward", "attention_backward", "received_attention", "cross_moments"])
+def test_operators_have_a_cuda_implementation(name: str) -> None:
+    assert torch._C._dispatch_has_kernel_for_dispatch_key(f"gate4d::{name}", "CUDA")
+
+
+@pytest.mark.parametrize(
+    ("request_", "reason"),
+    [
+        (request_("cpu"), "needs CUDA tensors, got cpu"),
+        (request_(dtype=torch.float64), "supports float32, bfloat16 and float16, got float64"),
+        (request_(dim=257), "head dimensions from 1 to 256, got 257"),
+        (request_(dim=0), "head dimensions from 1 to 256, got 0"),
+    ],
+)
+def test_triton_says_why_not(request_: Request, reason: str) -> None:
+    assert any(reason in r for r in cuda.triton_reasons(request_))
+    assert reason in explain(request_)
+
+
+def test_a_missing_triton_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cuda, "_has_triton", lambda: False)
+    assert "triton is not installed; pip install gate4d[triton]" in cuda.triton_reasons(request_())
+
+
+def test_an_explicit_backend_does_not_fall_back() -> None:
+    q = torch.randn(1, 1, 4, 8)
+    with pytest.raises(NotImplementedError, match=r"triton: .*needs CUDA tensors, got cpu"):
+        gate4d.gated_attention(q, q, q, backend="triton")
+
+
+def test_measured_rows_come_before_the_fixed_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert auto_order(request_())[:2] == ("sdpa", "triton")
+    rows = [{"dtype": "bfloat16", "gate": "drop", "order": ["sdpa_compacted"]}]
+    monkeypatch.setattr(backends, "MEASURED", rows)
+    assert auto_order(request_())[0] == "sdpa"
+    assert auto_order(request_(gate="drop")) == ("sdpa_compacted", "sdpa", "triton", "reference")
+
+
+@pytest.mark.parametrize("renormalize", [True, False])
+def test_folded_gate_on_keys(renormalize: bool) -> None:
+    q, k, v = torch.randn(3, 2, 3, 40, 24, dtype=torch.float64).unbind(0)
+    score = torch.rand(2, 40, dtype=torch.float64)
+    score[:, ::4] = 1
+    score[1] = 1  # every weight 0
+    score.requires_grad_()
+    gate = MotionGate(key_score=score, strength=2.0, renormalize=renormalize)
+    out, want = (gate4d.gated_attention(q, k, v, gate=gate, backend=b) for b in ("sdpa_folded", "reference"))
+    torch.testing.assert_close(out, want)
+    got, expected = (torch.autograd.grad(x.square().sum(), score)[0] for x in (out, want))
+    torch.testing.assert_close(got, expected)
+    assert not out[1].any()
+
+
+def test_compacted_dropped_keys() -> None:
+    q, k, v = torch.randn(3, 3, 2, 40, 16, dtype=torch.float64).unbind(0)
+    drop = torch.rand(3, 40) < torch.tensor([0.2, 0.7, 2.0])[:, None]
+    k[drop[:, None].expand(3, 2, 40)] = torch.nan  # a dropped key is never read
+    clean = torch.nan_to_num(k)
+    out = gate4d.gated_attention(q, k, v, gate=MotionGate.drop_keys(drop), backend="sdpa_compacted")
+    want = gate4d.gated_attention(q, clean, v, gate=MotionGate.drop_keys(drop), backend="reference")
+    torch.testing.assert_close(out, want)
+    assert not out[2].any()
+
+
+@pytest.mark.parametrize(
+    ("request_", "reason"),
+    [
+        (request_("cpu"), "needs CUDA tensors, got cpu"),
+        (request_(dtype=torch.float64), "supports float32, bfloat16 and float16, got float64"),
+        (request_(dim=8), "head dimensions from 16 on, got 8"),
+        (request_(masked=True), "block mask"),
+        (request_(aux=True), "neither lse nor row statistics"),
+        (request_(renormalize=False), "always normalises"),
+        (request_(learned=True), "no gradient to the gate's scores"),
+    ],
+)
+def test_flex_says_why_not(request_: Request, reason: str) -> None:
+    assert any(reason in r for r in cuda.flex_reasons(request_))
+
+
+def test_flex_is_chosen_by_a_measured_row_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backends, "_selected", {})
+    assert not any("flex" in order for order in backends.AUTO_ORDER.values())
+    assert not cuda.flex_reasons(request_())
+    assert backends.select("auto", request_()).name != "flex"
+    monkeypatch.setattr(backends, "_selected", {})
+    monkeypatch.setattr(backends, "MEASURED", [{"device_type": "cuda", "gate": "pairwise", "order": ["flex"]}])
+    assert backends.select("auto", request_()).name == "flex"
+    assert backends.select("auto", request_(aux=True)).name == "triton"
+
+
+@pytest.mark.parametrize("strength", [0.0, 1.0, 1.7])
+@pytest.mark.parametrize("kind", ["none", "pairwise", "keys", "drop", "drop+pairwise"])
+def test_flex_computes_the_gate(kind: str, strength: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its arithmetic, uncompiled, against the reference; on the CPU it has no backward."""
+    from torch.nn.attention.flex_attention import flex_attention
+
+    monkeypatch.setattr(cuda, "_flex_attention", lambda: flex_attention)
+    monkeypatch.setattr(cuda, "flex_reasons", lambda r: [])
+    monkeypatch.setitem(backends.BACKENDS, "flex", backends.Backend("flex", lambda r: [], cuda.run_flex))
+    monkeypatch.setattr(backends, "_selected", {})
+    q, k, v = torch.randn(3, 2, 3, 40, 16, dtype=torch.float64).unbind(0)
+    query, key = torch.rand(2, 2, 40, dtype=torch.float64).unbind(0)
+    key[:, ::4] = 1
+    query[:, 5] = 1
+    drop = torch.rand(2, 40) < 0.3
+    key[1] = 1
+    query[1, 7] = 1  # a row of which no weight is left
+    gate = MotionGate(
+        query if "pairwise" in kind else None, key if "pairwise" in kind or kind == "keys" else None,
+        dropped_keys=drop if "drop" in kind else None, strength=strength,
+    )  # fmt: skip
+    out, want = (gate4d.gated_attention(q, k, v, gate=gate, backend=b) for b in ("flex", "reference"))
+    torch.testing.assert_close(out, want)
+
+
+def test_torch_backends_say_what_they_serve() -> None:
+    q = torch.randn(1, 1, 4, 8)
+    with pytest.raises(
+        NotImplementedError, match="sdpa_folded: it serves gates of the kind 'keys' alone, got a call without a gate"
+    ):
+        gate4d.gated_attention(q, q, q, backend="sdpa_folded")
+    visible = Visibility.intervals(torch.zeros(4, dtype=torch.int64), torch.full((4,), 2))
+    gate = MotionGate.drop_keys(torch.zeros(1, 4, dtype=torch.bool))
+    with pytest.raises(NotImplementedError, match="sdpa_compacted: it would need a dense mask"):
+        gate4d.gated_attention(q, q, q, gate=gate, visible=visible, backend="sdpa_compacted")
