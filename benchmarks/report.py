@@ -15,7 +15,8 @@ import torch
 
 import gate4d
 from gate4d.cli.info import processor
-from gate4d.kernels.attention.backends import Request, explain, select
+from gate4d.kernels.attention.backends import explain, select
+from gate4d.kernels.attention.op import Request
 
 from .memory import MIB
 from .rows import Row, Settings
@@ -30,7 +31,7 @@ KINDS = {  # kind of a results file: the command of its marker
 
 def surroundings(settings: Settings, command: list[str]) -> dict:
     """Hardware, versions, threads and command, for the JSON file."""
-    request = Request("cpu", torch.float32, 64, 64, True, False, False)
+    request = Request("cpu", torch.float32, 64, 64, gate="pairwise")
     return {
         "schema": SCHEMA,
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),

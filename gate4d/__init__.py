@@ -1,6 +1,6 @@
 """Motion-aware, fast attention for 3D reconstruction transformers."""
 
-from .functional import AttentionAux, gated_attention
+from .functional import AttentionAux, explain, gated_attention
 from .gates import MotionGate
 from .integrations import inspect, patch
 from .moments import Moments
@@ -35,6 +35,7 @@ __all__ = [
     "Visibility",
     "__version__",
     "cross_moments",
+    "explain",
     "gated_attention",
     "inspect",
     "logit_moments",

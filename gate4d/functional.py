@@ -8,8 +8,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .checks import check_gate, check_qkv, check_visible, score_for
 from .gates import MotionGate
-from .kernels.attention.backends import Call, Request, select
+from .kernels.attention.backends import explain as backend_reasons
+from .kernels.attention.backends import select
+from .kernels.attention.op import Call, Request
 from .visibility import Visibility
 
 ROW_STATS = ("entropy", "max_prob", "sum_sq")
@@ -71,7 +74,48 @@ def gated_attention(
         ValueError, TypeError: an argument does not fit; the message names it.
         NotImplementedError: the backend asked for cannot serve the call; lists every backend's reasons.
     """
-    batch, queries, keys, head_dim, value_dim = _check_qkv(q, k, v)
+    g, request, call = _prepare(q, k, v, gate, visible, scale, row_stats, return_aux)
+    out, lse, stats = select(backend, request).run(call)
+    if g.output_scale is not None:
+        out = out * g.output_scale[:, None, :, None].to(out.dtype)
+    if not return_aux:
+        return out
+    chosen = {name: stats[i] for i, name in enumerate(ROW_STATS) if name in row_stats}
+    return out, AttentionAux(lse, **chosen)
+
+
+def explain(
+    q: Tensor,  # [B, H, Nq, D]
+    k: Tensor,  # [B, H, Nk, D]
+    v: Tensor,  # [B, H, Nk, Dv]
+    *,
+    gate: MotionGate | None = None,
+    visible: Visibility | None = None,
+    row_stats: Sequence[str] = (),
+    return_aux: bool = False,
+) -> str:
+    """Which backend would serve a call of :func:`gated_attention`, and why the others would not.
+
+    Args:
+        q, k, v, gate, visible, row_stats, return_aux: as of the call; nothing is computed.
+
+    Returns:
+        One line with the choice of ``backend="auto"``, then one line per backend: that it can run, or every reason
+        why not.
+
+    Raises:
+        ValueError, TypeError: an argument does not fit, as in the call itself.
+    """
+    _, request, _ = _prepare(q, k, v, gate, visible, None, row_stats, return_aux)
+    return f"auto takes {select('auto', request).name}:\n{backend_reasons(request)}"
+
+
+def _prepare(
+    q: Tensor, k: Tensor, v: Tensor, gate: MotionGate | None, visible: Visibility | None, scale: float | None,
+    row_stats: Sequence[str], return_aux: bool,
+) -> tuple[MotionGate, Request, Call]:  # fmt: skip
+    """Everything checked and normalised: the gate, what an implementation must know, and what it is called with."""
+    batch, queries, keys, head_dim, value_dim = check_qkv(q, k, v)
     device = q.device
     if device.type != "meta" and torch.is_autocast_enabled(device.type):
         dtype = torch.get_autocast_dtype(device.type)
@@ -85,92 +129,39 @@ def gated_attention(
         _check_row_stats(row_stats, return_aux)
     g = _NO_GATE if gate is None else gate
     if gate is not None:
-        _check_gate(gate, (batch, queries), (batch, keys), device)
-    bounds = None if visible is None else _check_visible(visible, q, k)
-    gated = g.key_score is not None or g.dropped_keys is not None
+        check_gate(gate, (batch, queries), (batch, keys), device)
+    bounds = None if visible is None else check_visible(visible, q, k)
     request = Request(
-        device.type, dtype, head_dim, value_dim, gated, bounds is not None, return_aux, _kind(g), g.renormalize,
-        torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (g.query_score, g.key_score)),
-    )  # fmt: skip
+        device_type=device.type,
+        dtype=dtype,
+        head_dim=head_dim,
+        value_dim=value_dim,
+        gate=_kind(g),
+        masked=bounds is not None,
+        aux=return_aux,
+        renormalize=g.renormalize,
+        learned=torch.is_grad_enabled()
+        and any(x is not None and x.requires_grad for x in (g.query_score, g.key_score)),
+    )
     call = Call(
-        q, k, v, _score(g.query_score, dtype), _score(g.key_score, dtype), g.dropped_keys, bounds,
-        float(scale), g.strength, g.renormalize, bool(row_stats),
-    )  # fmt: skip
-    out, lse, stats = select(backend, request).run(call)
-    if g.output_scale is not None:
-        out = out * g.output_scale[:, None, :, None].to(out.dtype)
-    if not return_aux:
-        return out
-    chosen = {name: stats[i] for i, name in enumerate(ROW_STATS) if name in row_stats}
-    return out, AttentionAux(lse, **chosen)
+        q=q,
+        k=k,
+        v=v,
+        query_score=score_for(g.query_score, dtype),
+        key_score=score_for(g.key_score, dtype),
+        dropped_keys=g.dropped_keys,
+        bounds=bounds,
+        scale=float(scale),
+        strength=g.strength,
+        renormalize=g.renormalize,
+        row_stats=bool(row_stats),
+    )
+    return g, request, call
 
 
 def _kind(gate: MotionGate) -> str:
     score = "" if gate.key_score is None else "keys" if gate.query_score is None else "pairwise"
     return "+".join(part for part in ("drop" if gate.dropped_keys is not None else "", score) if part)
-
-
-def _score(score: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    wanted = torch.float64 if dtype == torch.float64 else torch.float32
-    return score if score is None or score.dtype == wanted else score.to(wanted)
-
-
-def _check_qkv(q: Tensor, k: Tensor, v: Tensor) -> tuple[int, int, int, int, int]:
-    """B, Nq, Nk, D and Dv."""
-    for name, x in (("q", q), ("k", k), ("v", v)):
-        if not isinstance(x, Tensor):
-            raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}.")
-        if x.dim() != 4:
-            raise ValueError(f"{name} must have shape [B, H, N, D], got {list(x.shape)}.")
-    if not q.device == k.device == v.device:
-        raise ValueError(f"q, k and v must be on one device, got {q.device}, {k.device} and {v.device}.")
-    (qb, qh, qn, qd), (kb, kh, kn, kd), (vb, vh, vn, vd) = q.shape, k.shape, v.shape
-    if qb != kb or qb != vb or qh != kh or qh != vh:
-        raise ValueError(
-            "q, k and v must have the same batch and head counts [B, H, ...], "
-            f"got {list(q.shape)}, {list(k.shape)} and {list(v.shape)}."
-        )
-    if qd != kd:
-        raise ValueError(f"k must have q's head dimension {qd}, got {kd}.")
-    if kn != vn:
-        raise ValueError(f"v must have one value per key ({kn}), got {vn}.")
-    return qb, qn, kn, qd, vd
-
-
-def _check_gate(gate: MotionGate, queries: tuple[int, int], keys: tuple[int, int], device: torch.device) -> None:
-    if not isinstance(gate, MotionGate):
-        raise TypeError(f"gate must be a MotionGate or None, got {type(gate).__name__}.")
-    for name, x, shape in (
-        ("query_score", gate.query_score, queries),
-        ("key_score", gate.key_score, keys),
-        ("output_scale", gate.output_scale, queries),
-        ("dropped_keys", gate.dropped_keys, keys),
-    ):
-        if x is None:
-            continue
-        if x.shape != shape:
-            kind = "Nq" if shape is queries else "Nk"
-            raise ValueError(f"gate.{name} must have shape [B, {kind}] = {list(shape)}, got {list(x.shape)}.")
-        if x.device != device:
-            raise ValueError(f"gate.{name} must be on q's device {device}, got {x.device}.")
-
-
-def _check_visible(visible: Visibility, q: Tensor, k: Tensor) -> Tensor | None:
-    if not isinstance(visible, Visibility):
-        raise TypeError(f"visible must be a Visibility or None, got {type(visible).__name__}.")
-    bounds = visible.bounds
-    if bounds is None:
-        return None
-    if bounds.shape[2] != q.shape[2] or bounds.shape[0] not in (1, q.shape[0]):
-        raise ValueError(
-            f"visible must describe Nq={q.shape[2]} queries of a batch of 1 or {q.shape[0]}, "
-            f"got {bounds.shape[2]} queries and a batch of {bounds.shape[0]}."
-        )
-    if visible.num_keys is not None and visible.num_keys != k.shape[2]:
-        raise ValueError(f"visible describes {visible.num_keys} keys, but k has Nk={k.shape[2]}.")
-    if visible.key_extent > k.shape[2]:
-        raise ValueError(f"visible has intervals up to key {visible.key_extent}, but k has Nk={k.shape[2]}.")
-    return visible.bounds_on(q.device)
 
 
 def _check_row_stats(row_stats: Sequence[str], return_aux: bool) -> None:

@@ -11,6 +11,7 @@ import torch
 # The library lies in the installed package; this file may lie elsewhere, in an editable install.
 _PACKAGE = Path(sys.modules[__package__.partition(".")[0]].__path__[0])
 _error: str | None = None
+_missing: dict[str, str | None] = {}
 
 
 def _load() -> str | None:
@@ -37,8 +38,15 @@ def library_error() -> str | None:
     return _error
 
 
+def declare(operator: str) -> None:
+    """To be called once the schema of ``gate4d::operator`` is defined: notes whether the library has its CPU kernel.
+
+    The dispatcher is asked here and not at each call, where torch.compile could not trace the question.
+    """
+    missing = not torch._C._dispatch_has_kernel_for_dispatch_key(f"gate4d::{operator}", "CPU")
+    _missing[operator] = "the compiled library has no kernel for it; reinstall gate4d" if missing else None
+
+
 def kernel_error(operator: str) -> str | None:
     """Why the compiled CPU kernel of ``gate4d::operator`` cannot be used; None if it can."""
-    if _error is None and not torch._C._dispatch_has_kernel_for_dispatch_key(f"gate4d::{operator}", "CPU"):
-        return "the compiled library has no kernel for it; reinstall gate4d"
-    return _error
+    return _missing[operator] if _error is None else _error

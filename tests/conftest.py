@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from gate4d.kernels.attention import backends
+from gate4d.kernels.attention.op import Request
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -49,7 +50,7 @@ def backend(request: pytest.FixtureRequest) -> str:
 
 
 def require_backend(name: str) -> str:
-    plain = backends.Request("cpu", torch.float32, 64, 64, gated=True, masked=True, aux=True)
+    plain = Request("cpu", torch.float32, 64, 64, gate="pairwise", masked=True, aux=True)
     if reasons := backends.BACKENDS[name].not_supported_reasons(plain):
         pytest.skip(f"backend {name}: {'; '.join(reasons)}")
     return name

@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 from gate4d.kernels.attention import backends
+from gate4d.kernels.attention.op import Request
 
 from .info import collect, field
 
@@ -190,7 +191,7 @@ def _check(args: argparse.Namespace) -> None:
 
 def _backend() -> dict[str, str | None]:
     """Which backend serves the demo's calls, and why the compiled one does not, if so."""
-    request = backends.Request("cpu", torch.float32, 64, 64, True, True, False)
+    request = Request("cpu", torch.float32, 64, 64, gate="pairwise", masked=True)
     reasons = backends.BACKENDS["cpu"].not_supported_reasons(request)
     return {"name": backends.select("auto", request).name, "why_not_cpu": "; ".join(reasons) or None}
 

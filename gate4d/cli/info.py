@@ -13,8 +13,9 @@ from pathlib import Path
 import torch
 
 import gate4d
-from gate4d.kernels._library import library_error
 from gate4d.kernels.attention import backends
+from gate4d.kernels.attention.op import Request
+from gate4d.kernels.support import library_error
 
 # Names as Linux spells them; None elsewhere, where only torch's own summary is known.
 FEATURES = {"AVX2": "avx2", "FMA": "fma", "AVX-512F": "avx512f", "AVX512-BF16": "avx512_bf16", "AMX-BF16": "amx_bf16"}
@@ -62,7 +63,7 @@ def collect() -> dict:
     }
 
 
-def typical_requests() -> dict[str, backends.Request]:
+def typical_requests() -> dict[str, Request]:
     """The calls that ``info`` asks every backend about: 64 channels a head, no statistics."""
     requests = {}
     for device in ["cpu"] + ["cuda"] * torch.cuda.is_available():
@@ -74,7 +75,7 @@ def typical_requests() -> dict[str, backends.Request]:
             ("fp32 un-gated", torch.float32, ""),
         ):
             label = name if device == "cpu" else f"{name} ({device})"
-            requests[label] = backends.Request(device, dtype, 64, 64, bool(gate), False, False, gate)
+            requests[label] = Request(device_type=device, dtype=dtype, head_dim=64, value_dim=64, gate=gate)
     return requests
 
 
@@ -142,7 +143,7 @@ def field(name: str, value: str) -> list[str]:
     return textwrap.wrap(value, _WIDTH, initial_indent=f"{name:<11}", subsequent_indent=" " * 11) or [name]
 
 
-def _served(request: backends.Request) -> dict:
+def _served(request: Request) -> dict:
     reasons = {name: b.not_supported_reasons(request) for name, b in backends.BACKENDS.items()}
     try:
         auto = backends.select("auto", request).name

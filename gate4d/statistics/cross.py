@@ -7,9 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..kernels._library import kernel_error
-from ..kernels.attention.torch_backends import kernel_reasons
-from ..kernels.cross_moments import op  # noqa: F401  (registers the operator)
+from ..kernels.cross_moments.op import kernel_reasons
 from ..moments import Moments
 
 _TILE = (512, 4096)  # rows and columns of the streamed product: 8 MiB in fp32
@@ -95,7 +93,7 @@ def feature_moments(parts: Sequence[Tensor], y: Tensor, method: str = "auto") ->
     num_rows, num_columns, features = parts[0].shape[2], y.shape[1], y.shape[2]
     if num_columns == 0:
         return Moments.empty((y.shape[0], num_rows), y.dtype, y.device)
-    kernel = y.dtype == torch.float32 and _has_kernel(y.device.type, parts[0].dtype)
+    kernel = y.dtype == torch.float32 and not kernel_reasons(y.device.type, parts[0].dtype)
     if method == "auto":
         covariance = _COVARIANCE_COST["kernel" if kernel else "torch"] * features * (num_rows + num_columns)
         method = "covariance" if covariance < num_rows * num_columns else "stream"
@@ -122,12 +120,6 @@ def feature_moments(parts: Sequence[Tensor], y: Tensor, method: str = "auto") ->
                 torch.mm(x_rows, y_rows.T, out=product)
                 out += torch.linalg.vector_norm(product, dim=1).square_()
     return Moments(num_columns, mean, m2)
-
-
-def _has_kernel(device_type: str, dtype: torch.dtype) -> bool:
-    if device_type == "cpu":
-        return kernel_error("cross_moments") is None
-    return not kernel_reasons(device_type, dtype, 1)
 
 
 def _layers(x: Tensor | Sequence[Tensor], name: str) -> list[Tensor]:

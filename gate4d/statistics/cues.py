@@ -8,8 +8,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ..checks import check_pair
 from ..functional import gated_attention
-from .logits import check_pair, mean_logits
+from .logits import mean_logits
 from .received import received_attention
 
 CUES = ("logit_mean", "received", "entropy")

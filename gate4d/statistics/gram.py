@@ -14,9 +14,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..checks import check_pair
 from ..visibility import TokenLayout
 from .cross import feature_moments
-from .logits import check_pair
 
 _PRODUCTS = {"qq": (0, 0), "qk": (0, 1), "kk": (1, 1)}
 

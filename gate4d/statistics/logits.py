@@ -7,7 +7,7 @@ from collections.abc import Collection
 import torch
 from torch import Tensor
 
-from ..functional import _check_visible
+from ..checks import check_over, check_pair, check_visible
 from ..moments import Moments
 from ..visibility import Visibility
 
@@ -55,7 +55,7 @@ def logit_moments(
             "add 'keys' or 'queries'."
         )
     scale = max(q.shape[3], 1) ** -0.5 if scale is None else float(scale)
-    bounds = None if visible is None else _check_visible(visible, q, k)
+    bounds = None if visible is None else check_visible(visible, q, k)
     flip = "keys" not in axes
     if bounds is None:
         moments = _row_moments(*((k, q) if flip else (q, k)), None, scale)
@@ -181,23 +181,3 @@ def _groups(group: Tensor, count: int) -> list[Tensor]:
 
 def _quadratic(x: Tensor, matrix: Tensor) -> Tensor:  # [B, N, D], [B, D, D] -> [B, N]
     return ((x @ matrix) * x).sum(-1)
-
-
-def check_pair(q: Tensor, k: Tensor) -> None:
-    """Raise unless q and k are ``[B, H, N, D]`` tensors that multiply."""
-    for name, x in (("q", q), ("k", k)):
-        if not isinstance(x, Tensor):
-            raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}.")
-        if x.dim() != 4 or not x.is_floating_point():
-            raise ValueError(f"{name} must be a floating tensor [B, H, N, D], got {x.dtype} {list(x.shape)}.")
-    if q.dtype != k.dtype or q.device != k.device:
-        raise TypeError(f"k must have q's dtype and device ({q.dtype}, {q.device}), got {k.dtype}, {k.device}.")
-    if q.shape[:2] != k.shape[:2] or q.shape[3] != k.shape[3]:
-        raise ValueError(f"k must have q's B, H and D ({list(q.shape)}), got {list(k.shape)}.")
-
-
-def check_over(over: Collection[str], allowed: Collection[str]) -> set[str]:
-    """``over`` as a set of axis names."""
-    if isinstance(over, str) or not over or not set(over) <= set(allowed):
-        raise ValueError(f"over must be a non-empty collection of names out of {list(allowed)}, got {over!r}.")
-    return set(over)

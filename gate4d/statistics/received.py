@@ -7,16 +7,14 @@ from collections.abc import Collection
 import torch
 from torch import Tensor
 
-from ..functional import _check_gate, _check_visible, _score
+from ..checks import check_gate, check_over, check_pair, check_visible, score_for
 from ..gates import MotionGate
-from ..kernels._library import kernel_error
-from ..kernels.attention.torch_backends import kernel_reasons
-from ..kernels.received_attention import op  # noqa: F401  (registers the operator)
+from ..kernels.received_attention import op
+from ..kernels.received_attention.reference import received_attention as reference
+from ..kernels.support import Backend, choose
 from ..moments import Moments
 from ..visibility import Visibility
-from .logits import check_over, check_pair
 
-BACKENDS = ("auto", "cpu", "triton", "chunked", "reference")
 _CHUNK = 1 << 22  # probabilities held at a time by the chunked fallback (16 MiB in fp32, a few such buffers)
 
 
@@ -64,55 +62,21 @@ def received_attention(
         raise ValueError(f"lse must have shape [B, H, Nq] = {list(q.shape[:3])} on {q.device}, got {got}.")
     g = gate or MotionGate()
     if gate is not None:
-        _check_gate(gate, (q.shape[0], q.shape[2]), (k.shape[0], k.shape[2]), q.device)
-    bounds = None if visible is None else _check_visible(visible, q, k)
+        check_gate(gate, (q.shape[0], q.shape[2]), (k.shape[0], k.shape[2]), q.device)
+    bounds = None if visible is None else check_visible(visible, q, k)
     scale = max(q.shape[3], 1) ** -0.5 if scale is None else float(scale)
     lse = lse.to(torch.promote_types(q.dtype, torch.float32))
-    args = (q, k, lse, _score(g.query_score, q.dtype), _score(g.key_score, q.dtype), bounds, scale, g.strength)
-    moments = _run(_choose(backend, q), args)
+    args = (q, k, lse, score_for(g.query_score, q.dtype), score_for(g.key_score, q.dtype), bounds, scale, g.strength)
+    request = op.Request(q.device.type, q.dtype, q.shape[3], q.shape[2] > 0)
+    mean, m2 = choose(BACKENDS, AUTO_ORDER, backend, request).run(*args)
+    moments = Moments(q.shape[2], mean, m2)
     if g.dropped_keys is not None:  # given lse, a dropped key concerns no other key
         mean, m2 = (x.masked_fill(g.dropped_keys[:, None], 0.0) for x in (moments.mean, moments.m2))
         moments = Moments(q.shape[2], mean, m2)
     return moments.pool(1) if "heads" in axes else moments
 
 
-def _choose(backend: str, q: Tensor) -> str:
-    if backend not in BACKENDS:
-        raise ValueError(f"backend must be one of {list(BACKENDS)}, got {backend!r}.")
-    reasons = {"cpu": _cpu_reasons(q), "triton": kernel_reasons(q.device.type, q.dtype, q.shape[3])}
-    if backend == "auto":
-        return next((name for name, why in reasons.items() if not why), "chunked")
-    if why := reasons.get(backend):
-        raise NotImplementedError(f"backend={backend!r} cannot serve this call: {'; '.join(why)}.")
-    return backend
-
-
-def _cpu_reasons(q: Tensor) -> list[str]:
-    error = kernel_error("received_attention")
-    reasons = [] if error is None else [error]
-    if q.device.type != "cpu":
-        reasons.append(f"it needs CPU tensors, got {q.device.type}")
-    if q.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        reasons.append(f"it supports float32, bfloat16 and float16, got {q.dtype}")
-    if q.shape[3] > 256:
-        reasons.append(f"it supports head dimensions up to 256, got {q.shape[3]}")
-    return reasons
-
-
-def _run(backend: str, args: tuple) -> Moments:
-    q = args[0]
-    if backend in ("cpu", "triton") and q.shape[2]:
-        mean, m2 = torch.ops.gate4d.received_attention(*args)
-        return Moments(q.shape[2], mean, m2)
-    from gate4d.kernels.received_attention.reference import received_attention as reference
-
-    if backend == "reference" or not q.shape[2]:
-        mean, m2 = reference(*args)
-        return Moments(q.shape[2], mean if q.shape[2] else torch.zeros_like(mean), m2)
-    return _chunked(reference, args)
-
-
-def _chunked(reference, args: tuple) -> Moments:
+def _chunked(*args) -> tuple[Tensor, Tensor]:
     """The reference on one head and as many queries at a time as fit the budget, merged."""
     q, k, lse, query_score, key_score, bounds, *settings = args
     step = max(1, _CHUNK // max(k.shape[2], 1))
@@ -136,4 +100,8 @@ def _chunked(reference, args: tuple) -> Moments:
             for first in range(step, q.shape[2], step):
                 head = head.merge(part(b, h, first))
             mean[b, h], m2[b, h] = head.mean[0, 0], head.m2[0, 0]
-    return Moments(q.shape[2], mean, m2)
+    return mean, m2
+
+
+BACKENDS = {**op.BACKENDS, "chunked": Backend("chunked", lambda r: [], _chunked)}
+AUTO_ORDER = (*op.AUTO_ORDER, "chunked")

@@ -7,11 +7,13 @@ schemas live here so that they exist without it.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+from .._library import declare
 
 _NAMESPACE = "gate4d"
 _GATE_ARGS = (
@@ -33,9 +35,61 @@ torch.library.define(
 )
 
 
+class Request(NamedTuple):
+    """What an implementation must know to say whether it can serve a call."""
+
+    device_type: str
+    dtype: torch.dtype
+    head_dim: int
+    value_dim: int
+    gate: str = ""  # "pairwise", "keys", "drop", "drop+pairwise", "drop+keys" or none
+    masked: bool = False
+    aux: bool = False
+    renormalize: bool = True
+    learned: bool = False  # the gate's scores ask for a gradient
+
+    @property
+    def gated(self) -> bool:
+        return self.gate != ""
+
+
+class Call(NamedTuple):
+    """The arguments of one attention call, checked and normalised."""
+
+    q: Tensor  # [B, H, Nq, D]
+    k: Tensor  # [B, H, Nk, D]
+    v: Tensor  # [B, H, Nk, Dv]
+    query_score: Tensor | None  # [B, Nq] fp32
+    key_score: Tensor | None  # [B, Nk] fp32
+    dropped_keys: Tensor | None  # [B, Nk] bool
+    bounds: Tensor | None  # [1 or B, 3, Nq] int32
+    scale: float
+    strength: float
+    renormalize: bool
+    row_stats: bool
+
+
 def empty_heads_last(like: Tensor, batch: int, heads: int, tokens: int, dim: int) -> Tensor:
     """``[B, H, N, D]`` over ``[B, N, H, D]`` memory, so that concatenating heads afterwards is a view."""
     return like.new_empty(batch, tokens, heads, dim).transpose(1, 2)
+
+
+declare("attention_forward")
+declare("attention_backward")
+
+
+@torch.library.impl(f"{_NAMESPACE}::attention_forward", "CUDA")
+def _attention_forward_cuda(*args):
+    from .triton_launch import forward  # Triton is imported by the first call that needs it
+
+    return forward(*args)
+
+
+@torch.library.impl(f"{_NAMESPACE}::attention_backward", "CUDA")
+def _attention_backward_cuda(*args):
+    from .triton_launch import backward
+
+    return backward(*args)
 
 
 @torch.library.register_fake(f"{_NAMESPACE}::attention_forward")

@@ -5,22 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-
-def gate_weight(query_score: Tensor | None, key_score: Tensor, strength: float) -> Tensor:
-    """``(1 - a_i b_j) ** strength``, ``[B, Nq or 1, Nk]``.
-
-    The derivative at a weight of 0 is taken as 0 unless ``strength`` is 1: for ``strength < 1`` it is infinite.
-    """
-    product = key_score[:, None, :]  # [B, 1, Nk]
-    if query_score is not None:
-        product = query_score[:, :, None] * product  # [B, Nq, Nk]
-    weight = 1 - product
-    if strength == 1:
-        return weight
-    if strength == 0:
-        return torch.ones_like(weight)
-    positive = weight > 0
-    return torch.where(positive, torch.where(positive, weight, 1.0) ** strength, 0.0)
+from .._reference import gate_weight, seen
 
 
 def attention(
@@ -45,9 +30,7 @@ def attention(
 
     visible = torch.ones_like(logits[:, :1], dtype=torch.bool)  # [B, 1, Nq, Nk]
     if bounds is not None:
-        start, end, sink_end = bounds[..., None].unbind(1)  # [1 or B, Nq, 1]
-        j = torch.arange(k.shape[2], device=q.device)
-        visible = visible & ((j < sink_end) | ((j >= start) & (j < end)))[:, None]
+        visible = visible & seen(bounds, k.shape[2])[:, None]
     if dropped_keys is not None:
         # A dropped key leaves the denominator too: it is as if the key were not there.
         visible = visible & ~dropped_keys[:, None, None, :]

@@ -1,86 +1,28 @@
-"""The CUDA side of the operators, and the backends of gated attention that run there.
-
-Triton is imported by the first call that needs it, never by ``import gate4d``. The kernels were checked with Triton's
-interpreter and in compiled machine code; they have not run on a GPU yet.
-"""
+"""The implementations of gated attention that are made of PyTorch's own attention."""
 
 from __future__ import annotations
 
 from functools import cache
-from importlib.util import find_spec
-from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from .backends import Call, Request
-
-MAX_HEAD_DIM = 256
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+from .._reference import gate_weight
+from ..support import KERNEL_DTYPES, dtype_name, has_triton
+from .op import Call, Request
 
 
-@torch.library.impl("gate4d::attention_forward", "CUDA")
-def _attention_forward(*args):
-    from .triton_launch import forward
-
-    return forward(*args)
-
-
-@torch.library.impl("gate4d::attention_backward", "CUDA")
-def _attention_backward(*args):
-    from .triton_launch import backward
-
-    return backward(*args)
-
-
-@torch.library.impl("gate4d::received_attention", "CUDA")
-def _received_attention(*args):
-    from ..received_attention.triton import received_attention
-
-    return received_attention(*args)
-
-
-@torch.library.impl("gate4d::cross_moments", "CUDA")
-def _cross_moments(*args):
-    from ..cross_moments.triton import cross_moments
-
-    return cross_moments(*args)
-
-
-@cache
-def _has_triton() -> bool:
-    return find_spec("triton") is not None
-
-
-def kernel_reasons(device_type: str, dtype: torch.dtype, head_dim: int) -> list[str]:
-    """Why the Triton kernels cannot serve tensors of this kind; empty if they can."""
+def sdpa_reasons(r: Request) -> list[str]:
     reasons = []
-    if not _has_triton():
-        reasons.append("triton is not installed; pip install gate4d[triton]")
-    if device_type != "cuda":
-        missing = "" if torch.cuda.is_available() else " (there is no CUDA device)"
-        reasons.append(f"it needs CUDA tensors, got {device_type}{missing}")
-    elif torch.cuda.is_available() and (capability := torch.cuda.get_device_capability()) < (8, 0):
-        reasons.append(f"it needs compute capability 8.0 or newer, got {capability[0]}.{capability[1]}")
-    if dtype not in _DTYPES:
-        reasons.append(f"it supports float32, bfloat16 and float16, got {str(dtype).removeprefix('torch.')}")
-    if not 1 <= head_dim <= MAX_HEAD_DIM:
-        reasons.append(f"it supports head dimensions from 1 to {MAX_HEAD_DIM}, got {head_dim}")
-    return reasons
+    if r.gated:
+        reasons.append("it cannot apply a gate")
+    return [*reasons, *_plain_reasons(r)]
 
 
-def triton_reasons(r: Request) -> list[str]:
-    narrowest, widest = sorted((r.head_dim, r.value_dim))
-    return kernel_reasons(r.device_type, r.dtype, widest if narrowest else 0)
-
-
-def _sdpa_reasons(r: Request, gate: str) -> list[str]:
+def _plain_reasons(r: Request) -> list[str]:
+    """What PyTorch's attention cannot do, whatever the gate."""
     reasons = []
-    if r.gate != gate:
-        got = f"one of the kind {r.gate!r}" if r.gate else "a call without a gate"
-        reasons.append(f"it serves gates of the kind {gate!r} alone, got {got}")
     if r.masked:
         reasons.append("it would need a dense mask for this visibility")
     if r.aux:
@@ -88,14 +30,26 @@ def _sdpa_reasons(r: Request, gate: str) -> list[str]:
     return reasons
 
 
+def run_sdpa(c: Call) -> tuple[Tensor, None, None]:
+    return F.scaled_dot_product_attention(c.q, c.k, c.v, scale=c.scale), None, None
+
+
+def _kind_reasons(r: Request, gate: str) -> list[str]:
+    reasons = []
+    if r.gate != gate:
+        got = f"one of the kind {r.gate!r}" if r.gate else "a call without a gate"
+        reasons.append(f"it serves gates of the kind {gate!r} alone, got {got}")
+    return [*reasons, *_plain_reasons(r)]
+
+
 def flex_reasons(r: Request) -> list[str]:
     reasons = []
-    if not _has_triton():
+    if not has_triton():
         reasons.append("triton is not installed; pip install gate4d[triton]")
     if r.device_type != "cuda":
         reasons.append(f"it needs CUDA tensors, got {r.device_type}")
-    if r.dtype not in _DTYPES:
-        reasons.append(f"it supports float32, bfloat16 and float16, got {str(r.dtype).removeprefix('torch.')}")
+    if r.dtype not in KERNEL_DTYPES:
+        reasons.append(f"it supports float32, bfloat16 and float16, got {dtype_name(r.dtype)}")
     if min(r.head_dim, r.value_dim) < 16:
         reasons.append(f"it supports head dimensions from 16 on, got {min(r.head_dim, r.value_dim)}")
     if r.masked:
@@ -135,7 +89,7 @@ def run_flex(c: Call) -> tuple[Tensor, None, None]:
 
 
 def folded_reasons(r: Request) -> list[str]:
-    return _sdpa_reasons(r, "keys")
+    return _kind_reasons(r, "keys")
 
 
 def run_folded(c: Call) -> tuple[Tensor, None, None]:
@@ -143,8 +97,6 @@ def run_folded(c: Call) -> tuple[Tensor, None, None]:
 
     Its error grows with the share of the un-gated softmax that the gate takes away, so ``auto`` does not choose it.
     """
-    from .reference import gate_weight
-
     weight = gate_weight(None, c.key_score, c.strength)[:, :, :, None].to(c.v.dtype)  # [B, 1, Nk, 1]
     value = c.v * weight
     if not c.renormalize:
@@ -157,7 +109,7 @@ def run_folded(c: Call) -> tuple[Tensor, None, None]:
 
 
 def compacted_reasons(r: Request) -> list[str]:
-    reasons = _sdpa_reasons(r, "drop")
+    reasons = _kind_reasons(r, "drop")
     if torch.compiler.is_compiling():
         reasons.append("it reads the number of kept keys, which torch.compile cannot trace")
     return reasons

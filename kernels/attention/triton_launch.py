@@ -2,97 +2,19 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 import triton
 from torch import Tensor
 
 from .._triton.configurations import Config, config
-from .._triton.primitives import KEY_GATE, LOG2E, NO_GATE, PAIR_GATE, power_code, reach_kernel, tile_max_kernel
-from .._triton.runtime import block_dim, capability, dot_precision, heads_last, launch, processors, readable, strides
+from .._triton.primitives import tile_max_kernel
+from .._triton.problem import Problem, batch_stride, problem, query_reach
+from .._triton.runtime import block_dim, capability, heads_last, launch, processors, readable, strides
 from .compaction import Kept
 from .triton_bwd import delta_kernel, grad_key_kernel, grad_query_kernel
 from .triton_fwd import forward_kernel
 
 MAX_HEAD_DIM = 256
-
-
-class Problem(NamedTuple):
-    """The arguments as the kernels take them; keys are compacted if some are dropped."""
-
-    q: Tensor  # [B, H, Nq, D]
-    k: Tensor  # [B, H, Nk, D]
-    query_score: Tensor | None  # [B, Nq] fp32, contiguous
-    key_score: Tensor | None  # [B, Nk] fp32, contiguous
-    bounds: Tensor | None  # [1 or B, 3, Nq] int32, contiguous
-    kept: Kept | None
-    scale: float  # > 0
-    sign: int  # of the caller's scale, already multiplied into q
-    gate: int
-    power: int
-    strength: float
-    renormalize: bool
-
-    @property
-    def natural(self) -> bool:
-        """Whether logits and lse are kept to base e, as accurately as fp32 inputs deserve."""
-        return self.q.dtype == torch.float32
-
-    @property
-    def multiplies(self) -> bool:
-        """Whether the forward multiplies by the weight instead of adding its logarithm to the exponent."""
-        return self.gate != NO_GATE and not (self.power == 0 and self.renormalize)
-
-    @property
-    def shared(self) -> dict:
-        """Arguments that every kernel over the score matrix has."""
-        per_batch = self.bounds is not None and self.bounds.shape[0] > 1
-        return {
-            "A": self.query_score, "B": self.key_score, "BOUNDS": self.bounds,
-            "KEY_COUNT": None if self.kept is None else self.kept.count,
-            "bounds_stride_b": 3 * self.q.shape[2] if per_batch else 0,
-            "heads": self.q.shape[1], "num_queries": self.q.shape[2], "num_keys": self.k.shape[2],
-            "strength": self.strength, "GATE": self.gate, "POWER": self.power, "RENORM": self.renormalize,
-            "HAS_BOUNDS": self.bounds is not None, "HAS_COUNT": self.kept is not None,
-            "PRECISION": dot_precision(self.q.dtype), "NATURAL": self.natural,
-            "exponent_scale": self.scale if self.natural else self.scale * LOG2E,
-        }  # fmt: skip
-
-
-def problem(
-    q: Tensor,  # [B, H, Nq, D]
-    k: Tensor,  # [B, H, Nk, D]
-    query_score: Tensor | None,  # [B, Nq]
-    key_score: Tensor | None,  # [B, Nk]
-    dropped_keys: Tensor | None,  # [B, Nk] bool
-    bounds: Tensor | None,  # [1 or B, 3, Nq] int32
-    scale: float,
-    strength: float,
-    renormalize: bool,
-) -> Problem:
-    """Normalise what is rare (a scale <= 0, strength 0, dropped keys) so that the kernels need not know it."""
-    sign = (scale > 0) - (scale < 0)
-    if sign != 1:
-        q, scale = q * sign, abs(scale) if sign else 1.0
-    if strength == 0:
-        query_score = key_score = None
-    kept = None
-    k = readable(k)
-    if dropped_keys is not None:
-        kept = Kept.of(dropped_keys)
-        k = kept.gather(k)
-        key_score = None if key_score is None else kept.gather(key_score)
-        bounds = None if bounds is None else kept.bounds(bounds)
-    gate = NO_GATE if key_score is None else KEY_GATE if query_score is None else PAIR_GATE
-    if gate == NO_GATE:
-        query_score = None
-    power = power_code(strength, q.dtype == torch.float16) if gate else 0
-    query_score, key_score, bounds = (None if x is None else x.contiguous() for x in (query_score, key_score, bounds))
-    return Problem(
-        readable(q), k, query_score, key_score, bounds, kept, scale, sign, gate, power, strength,
-        renormalize or gate == NO_GATE,
-    )  # fmt: skip
 
 
 def forward(
@@ -116,11 +38,10 @@ def forward(
     stats = q.new_empty((3, batch, heads, num_queries) if row_stats else (0,), dtype=torch.float32)
     if num_keys == 0:
         return out.zero_(), lse.fill_(-torch.inf), stats.zero_()
-    p = problem(q, k, query_score, key_score, dropped_keys, bounds, scale, strength, renormalize)
-    v = readable(v) if p.kept is None else p.kept.gather(v)
+    p, v, kept = _compacted(q, k, v, query_score, key_score, dropped_keys, bounds, scale, strength, renormalize)
     width, aligned = max(block_dim(dim), block_dim(value_dim)), dim % 16 == value_dim % 16 == 0
     c = config("forward_stats" if row_stats else "forward", capability(q.device), q.dtype, width, aligned)
-    descriptors = c.descriptors and p.kept is None and _describable(p.k) and _describable(v)
+    descriptors = c.descriptors and kept is None and _describable(p.k) and _describable(v)
     key_max = None
     if p.multiplies and p.renormalize:
         key_max = q.new_empty(batch, triton.cdiv(num_keys, c.block_n), dtype=torch.float32)
@@ -169,8 +90,7 @@ def backward(
     batch, heads, num_queries, dim = q.shape
     num_keys, value_dim = v.shape[2:]
     grad_q, grad_k, grad_v = (heads_last(x, *x.shape) for x in (q, k, v))
-    p = problem(q, k, query_score, key_score, dropped_keys, bounds, scale, strength, renormalize)
-    v = readable(v) if p.kept is None else p.kept.gather(v)
+    p, v, kept = _compacted(q, k, v, query_score, key_score, dropped_keys, bounds, scale, strength, renormalize)
     grad_out, out = readable(grad_out), readable(out)
     delta = torch.empty_like(lse, memory_format=torch.contiguous_format)
     block_dv = block_dim(value_dim)
@@ -203,12 +123,12 @@ def backward(
     c = config("grad_key", capability(q.device), q.dtype, width, aligned)
     reach = query_reach(p, c.block_m)
     args = {
-        **shared, **_blocks(c), "REACH": reach, "reach_stride_b": _batch_stride(reach),
+        **shared, **_blocks(c), "REACH": reach, "reach_stride_b": batch_stride(reach),
         "GRAD_K": grad_k, "GRAD_V": grad_v, "GRAD_B": grad_b, **strides("x", grad_k), **strides("y", grad_v),
     }  # fmt: skip
     launch(grad_key_kernel, (triton.cdiv(num_keys, c.block_n) * batch * heads,), args, **c.options)
-    if p.kept is not None:
-        grad_k, grad_v = (p.kept.scatter(x, heads_last(x, *x.shape)) for x in (grad_k, grad_v))
+    if kept is not None:
+        grad_k, grad_v = (kept.scatter(x, heads_last(x, *x.shape)) for x in (grad_k, grad_v))
 
     def over_heads(x: Tensor | None, score: Tensor | None, compacted: bool) -> Tensor:
         if score is None or not score_grads:
@@ -216,27 +136,23 @@ def backward(
         if x is None:  # strength 0, or a query score without a key score
             return torch.zeros_like(score, dtype=torch.float32)
         total = x.sum(1)
-        return p.kept.scatter(total, torch.empty_like(total)) if compacted and p.kept is not None else total
+        return kept.scatter(total, torch.empty_like(total)) if compacted and kept is not None else total
 
     return grad_q, grad_k, grad_v, over_heads(grad_a, query_score, False), over_heads(grad_b, key_score, True)
 
 
-def query_reach(p: Problem, block_m: int) -> Tensor | None:
-    """What each tile of queries sees, int32 ``[1 or B, 6, tiles]``; None without intervals."""
-    if p.bounds is None:
-        return None
-    num_queries, num_keys = p.q.shape[2], p.k.shape[2]
-    reach = p.bounds.new_empty(p.bounds.shape[0], 6, triton.cdiv(num_queries, block_m))
-    args = {
-        "BOUNDS": p.bounds, "REACH": reach, "num_queries": num_queries, "num_keys": num_keys,
-        "bounds_stride_b": _batch_stride(p.bounds), "BLOCK_M": block_m,
-    }  # fmt: skip
-    launch(reach_kernel, (reach.shape[2], reach.shape[0]), args, num_warps=1)
-    return reach
-
-
-def _batch_stride(x: Tensor | None) -> int:
-    return 0 if x is None or x.shape[0] == 1 else x.stride(0)
+def _compacted(
+    q, k, v, query_score, key_score, dropped_keys, bounds, scale, strength, renormalize
+) -> tuple[Problem, Tensor, Kept | None]:
+    """The problem over the kept keys, their values, and how they were chosen."""
+    kept = None if dropped_keys is None else Kept.of(dropped_keys)
+    if kept is not None:
+        k, v = kept.gather(readable(k)), kept.gather(v)
+        key_score = None if key_score is None else kept.gather(key_score)
+        bounds = None if bounds is None else kept.bounds(bounds)
+    count = None if kept is None else kept.count
+    p = problem(q, k, query_score, key_score, bounds, scale, strength, renormalize, count)
+    return p, readable(v), kept
 
 
 def _blocks(c: Config) -> dict[str, int]:

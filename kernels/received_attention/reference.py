@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..attention.reference import gate_weight
+from .._reference import gate_weight, seen
 
 
 def received_attention(
@@ -28,9 +28,7 @@ def received_attention(
 
     counted = alive.expand_as(exponent)
     if bounds is not None:
-        start, end, sink_end = bounds[..., None].unbind(1)  # [1 or B, Nq, 1]
-        j = torch.arange(k.shape[2], device=q.device)
-        counted = counted & ((j < sink_end) | ((j >= start) & (j < end)))[:, None]
+        counted = counted & seen(bounds, k.shape[2])[:, None]
     weight = torch.ones((), dtype=work, device=q.device)
     if key_score is not None:
         query = None if query_score is None else query_score.to(work)
@@ -38,6 +36,8 @@ def received_attention(
         counted = counted & (weight > 0)  # exp may overflow where the weight is 0
     p = torch.where(counted, weight * exponent.masked_fill(~counted, 0.0).exp(), 0.0)
 
+    if not p.shape[2]:
+        return p.new_zeros(p.shape[:2] + p.shape[3:]), p.new_zeros(p.shape[:2] + p.shape[3:])
     mean = p.mean(2, keepdim=True)
     deviation = p - mean
     residual = deviation.mean(2)

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from .._triton.configurations import config
 from .._triton.primitives import gate_base, load_row, probability, query_tiles, row_lse, seen_by_all
+from .._triton.problem import problem, query_reach
 from .._triton.runtime import block_dim, capability, launch, strides
-from ..attention.triton_launch import problem, query_reach
 
 
 @triton.jit
@@ -120,7 +120,7 @@ def received_attention(
     m2 = torch.empty_like(mean)
     if num_queries == 0:
         return mean.zero_(), m2.zero_()
-    p = problem(q, k, query_score, key_score, None, bounds, scale, strength, True)
+    p = problem(q, k, query_score, key_score, bounds, scale, strength, True)
     c = config("received", capability(q.device), q.dtype, block_dim(dim))
     reach = query_reach(p, c.block_m)
     shared = {name: value for name, value in p.shared.items() if name not in ("KEY_COUNT", "HAS_COUNT", "RENORM")}

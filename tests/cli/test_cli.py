@@ -12,6 +12,7 @@ import torch
 
 from gate4d.cli import info
 from gate4d.cli.main import COMMANDS, main
+from gate4d.kernels import support
 from gate4d.kernels.attention import backends
 
 ROOT = Path(__file__).parents[2]
@@ -20,7 +21,7 @@ NO_LIBRARY = "the compiled library is missing (no C++ compiler: 'c++' was not fo
 
 @pytest.fixture
 def no_library(monkeypatch):
-    monkeypatch.setattr(backends, "library_error", lambda: NO_LIBRARY)
+    monkeypatch.setattr(support, "kernel_error", lambda operator: NO_LIBRARY)
     monkeypatch.setattr(info, "library_error", lambda: NO_LIBRARY)
     monkeypatch.setattr(backends, "_selected", {})
 

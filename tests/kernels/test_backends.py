@@ -7,12 +7,15 @@ import importlib.util
 import pytest
 import torch
 
+import gate4d
 from gate4d import MotionGate, Visibility, gated_attention
+from gate4d.kernels import support
 from gate4d.kernels.attention import backends
-from gate4d.kernels.attention.backends import BACKENDS, Request, explain, select
+from gate4d.kernels.attention.backends import BACKENDS, explain, select
+from gate4d.kernels.attention.op import Request
 
-PLAIN = Request("cpu", torch.float32, 64, 64, gated=False, masked=False, aux=False)
-GATED = PLAIN._replace(gated=True, masked=True, aux=True)
+PLAIN = Request("cpu", torch.float32, 64, 64)
+GATED = PLAIN._replace(gate="pairwise", masked=True, aux=True)
 
 
 @pytest.fixture(autouse=True)
@@ -36,7 +39,7 @@ def test_auto_takes_the_first_that_can(monkeypatch):
 
 
 def test_auto_without_the_library(monkeypatch):
-    monkeypatch.setattr(backends, "library_error", lambda: "it was not built")
+    monkeypatch.setattr(support, "kernel_error", lambda operator: "it was not built")
     assert select("auto", PLAIN).name == "sdpa"
     assert select("auto", GATED).name == "reference"
     with pytest.raises(NotImplementedError, match="cpu: it was not built"):
@@ -81,8 +84,8 @@ def test_sdpa_serves_what_it_can():
 
 
 def test_the_error_lists_every_backend_with_every_reason(monkeypatch):
-    monkeypatch.setattr(backends, "library_error", lambda: "it was not built")
-    request = Request("cuda", torch.float64, 300, 64, gated=True, masked=True, aux=True)
+    monkeypatch.setattr(support, "kernel_error", lambda operator: "it was not built")
+    request = Request("cuda", torch.float64, 300, 64, gate="pairwise", masked=True, aux=True)
     with pytest.raises(NotImplementedError) as error:
         select("cpu", request)
     first, *lines = str(error.value).splitlines()
@@ -178,3 +181,14 @@ def test_unknown_statistics(bad):
 def test_statistics_need_aux():
     with pytest.raises(ValueError, match=r"^row_stats needs return_aux=True"):
         gated_attention(*qkv(), row_stats=("entropy",))
+
+
+def test_explain_names_the_choice_and_every_reason():
+    q, k, v = qkv()
+    text = gate4d.explain(q, k, v, gate=MotionGate.keys(torch.rand(1, 5)), visible=Visibility.packed([0, 2, 5]))
+    first, *lines = text.splitlines()
+    assert first == f"auto takes {select('auto', GATED).name}:"
+    assert [line.split(":")[0].strip() for line in lines] == list(BACKENDS)
+    assert "it cannot apply a gate; it would need a dense mask for this visibility" in text
+    with pytest.raises(ValueError, match=r"gate\.key_score must have shape"):
+        gate4d.explain(q, k, v, gate=MotionGate.keys(torch.rand(1, 4)))

@@ -10,14 +10,15 @@ import torch
 
 import gate4d
 from gate4d import MotionGate, Visibility
+from gate4d.kernels import support
 from gate4d.kernels.attention import backends
 from gate4d.kernels.attention import torch_backends as cuda
-from gate4d.kernels.attention.backends import Request, auto_order, explain
+from gate4d.kernels.attention.backends import auto_order, explain
+from gate4d.kernels.attention.op import Request
 
 
 def request_(device: str = "cuda", dtype: torch.dtype = torch.bfloat16, dim: int = 64, **options) -> Request:
-    options = {"gated": True, "masked": False, "aux": False, "gate": "pairwise", **options}
-    return Request(device, dtype, dim, dim, **options)
+    return Request(device, dtype, dim, dim, **{"gate": "pairwise", **options})
 
 
 def test_importing_gate4d_does_not_import_triton() -> None:
@@ -40,13 +41,14 @@ def test_operators_have_a_cuda_implementation(name: str) -> None:
     ],
 )
 def test_triton_says_why_not(request_: Request, reason: str) -> None:
-    assert any(reason in r for r in cuda.triton_reasons(request_))
+    assert any(reason in r for r in backends.BACKENDS["triton"].not_supported_reasons(request_))
     assert reason in explain(request_)
 
 
 def test_a_missing_triton_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cuda, "_has_triton", lambda: False)
-    assert "triton is not installed; pip install gate4d[triton]" in cuda.triton_reasons(request_())
+    monkeypatch.setattr(support, "has_triton", lambda: False)
+    reasons = backends.BACKENDS["triton"].not_supported_reasons(request_())
+    assert "triton is not installed; pip install gate4d[triton]" in reasons
 
 
 def test_an_explicit_backend_does_not_fall_back() -> None:

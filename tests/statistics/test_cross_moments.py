@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gate4d import cross_moments
+from gate4d.kernels import support
 from gate4d.kernels._library import kernel_error
 from gate4d.statistics import cross as module
 
@@ -20,7 +21,7 @@ compiled = pytest.mark.skipif(not COMPILED, reason="the compiled library is miss
 @pytest.fixture
 def torch_only(monkeypatch):
     """As where the library is missing."""
-    monkeypatch.setattr(module, "kernel_error", lambda operator: "absent")
+    monkeypatch.setattr(support, "kernel_error", lambda operator: "absent")
 
 
 def features(*shape, seed=0, offset=0.0, layers=1):
@@ -181,7 +182,7 @@ def test_auto_takes_the_cheaper_form(monkeypatch):
     to_double = torch.Tensor.double
     monkeypatch.setattr(torch.Tensor, "double", lambda x: wide.append(1) or to_double(x))
     for library, crossover in ((None, 640), ("absent", 256)):  # 2 c F at F = 64
-        monkeypatch.setattr(module, "kernel_error", lambda operator, library=library: library)
+        monkeypatch.setattr(support, "kernel_error", lambda operator, library=library: library)
         if library is None and not COMPILED:
             continue
         for tokens in (crossover - 16, crossover + 16):

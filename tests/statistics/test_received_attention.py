@@ -6,10 +6,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gate4d import MotionGate, TokenLayout, Visibility, gated_attention, received_attention
-from gate4d.kernels.attention.reference import gate_weight
+from gate4d.kernels import support
+from gate4d.kernels._reference import gate_weight
+from gate4d.kernels.received_attention import op
+from gate4d.kernels.received_attention.op import Request
 from gate4d.statistics import received as module
 
-HAS_CPU = not module._cpu_reasons(torch.empty(1, 1, 1, 8))
+HAS_CPU = not module.BACKENDS["cpu"].not_supported_reasons(Request("cpu", torch.float32, 8, True))
 BACKENDS = ["chunked", "reference", *(["cpu"] if HAS_CPU else [])]
 
 
@@ -217,7 +220,7 @@ def test_bad_arguments_are_named(monkeypatch):
         received_attention(q, k, lse, visible=Visibility.packed([0, 5]))
     with pytest.raises(NotImplementedError, match="float64"):
         received_attention(q.double(), k.double(), lse, backend="cpu")
-    monkeypatch.setattr(module, "kernel_error", lambda operator: "it was not built")
+    monkeypatch.setattr(support, "kernel_error", lambda operator: "it was not built")
     with pytest.raises(NotImplementedError, match="it was not built"):
         received_attention(q, k, lse, backend="cpu")
     assert not received_attention(q.requires_grad_(), k, lse).mean.requires_grad
@@ -227,10 +230,12 @@ def test_auto_takes_the_cuda_operator_where_it_serves(monkeypatch):
     q, k = features(1, 2, 6, 7, 4)
     with pytest.raises(NotImplementedError, match="needs CUDA tensors, got cpu"):
         received_attention(q, k, torch.zeros(1, 2, 6), backend="triton")
-    elsewhere = q.to("meta")  # neither CPU nor CUDA
-    assert module._choose("auto", elsewhere) == "chunked"
-    monkeypatch.setattr(
-        module, "kernel_reasons", lambda device, dtype, dim: [] if (device, dim) == ("meta", 4) else [device]
-    )
-    assert module._choose("auto", elsewhere) == "triton"
-    assert module._choose("auto", q) == ("cpu" if HAS_CPU else "chunked")
+
+    def auto(device: str) -> str:
+        request = Request(device, torch.float32, 4, True)
+        return support.choose(module.BACKENDS, module.AUTO_ORDER, "auto", request).name
+
+    assert auto("meta") == "chunked"  # neither CPU nor CUDA
+    monkeypatch.setattr(op, "triton_reasons", lambda device, _, dim: [] if (device, dim) == ("meta", 4) else [device])
+    assert auto("meta") == "triton"
+    assert auto("cpu") == ("cpu" if HAS_CPU else "chunked")
