@@ -6,6 +6,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from itertools import islice
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -63,9 +64,11 @@ def test_same_seed_same_bits_in_another_process_and_thread_count():
     finally:
         torch.set_num_threads(before)
     assert digest(next(batches(*sizes, seed=6, blur=3))) != here
-    code = f"from tests.test_procedural import *; print(digest(next(batches(*{sizes}, seed=5, blur=3))))"
+    code = f"from test_procedural import *; print(digest(next(batches(*{sizes}, seed=5, blur=3))))"
     env = {**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "PYTHONHASHSEED": "7"}
-    there = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True)
+    there = subprocess.run(
+        [sys.executable, "-c", code], env=env, cwd=Path(__file__).parent, capture_output=True, text=True, check=True
+    )
     assert there.stdout.strip() == here
 
 
