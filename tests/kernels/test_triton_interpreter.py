@@ -31,6 +31,7 @@ if os.environ.get("TRITON_INTERPRET") != "1":
 else:
     from helpers.accuracy import assert_accurate
     from helpers.attention_cases import GATES, Case, _caller, check, draw, evaluate, exact
+    from helpers.interpreter import sequential_products
     from helpers.torch_attention import torch_attention
 
     from gate4d import MotionGate
@@ -42,6 +43,8 @@ else:
     from gate4d.kernels.cross_moments import triton as cross_triton
     from gate4d.kernels.received_attention import triton as received_triton
     from gate4d.kernels.received_attention.reference import received_attention as received_reference
+
+    sequential_products()
 
     HALF, SINGLE = torch.float16, torch.float32
     SMALL = {"batch": 1, "queries": 50, "keys": 47}
