@@ -2,7 +2,8 @@
 
 from .functional import AttentionAux, explain, gated_attention
 from .gates import MotionGate
-from .integrations import inspect, patch
+from .handle import Handle, patch, register_method, unpatch
+from .integrations import inspect
 from .moments import Moments
 from .statistics import (
     GramMap,
@@ -27,6 +28,7 @@ __all__ = [
     "GramRecipe",
     "GramResult",
     "GramSaliency",
+    "Handle",
     "Moments",
     "MotionGate",
     "PairMaps",
@@ -42,5 +44,7 @@ __all__ = [
     "motion_cue",
     "patch",
     "received_attention",
+    "register_method",
     "state_confidence",
+    "unpatch",
 ]

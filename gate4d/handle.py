@@ -1,11 +1,9 @@
-"""``patch`` and what it returns; methods register themselves here."""
+"""``patch`` and what it returns, over the families of :mod:`.integrations` and the systems of :mod:`.methods`."""
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable
 from dataclasses import fields
-from inspect import signature
 from typing import Any, Protocol
 
 from torch import nn
@@ -28,14 +26,20 @@ class Method(Protocol):
         """Undo what the method changed outside the patched modules; they are restored anyway."""
 
 
-_METHODS: dict[str, Callable[..., Method]] = {}
+# Classes of :mod:`.methods`, which is imported when one is asked for.
+METHODS = {"easi3r": "Easi3r", "more": "More", "mut3r": "Mut3r", "ttt3r": "Ttt3r", "vggt4d": "Vggt4d"}
+_registered: dict[str, Callable[..., Method]] = {}
 
 
 def register_method(name: str) -> Callable[[Callable[..., Method]], Callable[..., Method]]:
-    """Decorator: makes a method available as ``patch(model, method=name)``."""
+    """Decorator: makes a method of your own available as ``patch(model, method=name)``.
+
+    It is called as ``factory(model, table, **options)``. An attribute ``takes`` of it, a tuple of names, lists those
+    options of :func:`patch` (``window``, ``anchors``) that it has itself; the others go to the adapters.
+    """
 
     def register(factory: Callable[..., Method]) -> Callable[..., Method]:
-        _METHODS[name] = factory
+        _registered[name] = factory
         return factory
 
     return register
@@ -113,17 +117,14 @@ def patch(model: nn.Module, method: str | None = None, **options: Any) -> Handle
         RuntimeError: the model is patched already.
     """
     factory = None if method is None else _method(method)
-    taken = () if factory is None else signature(factory).parameters  # a method may have a window of its own
-    names = {f.name for f in fields(Options) if f.name not in taken}
+    names = {f.name for f in fields(Options)} - set(getattr(factory, "takes", ()))
     own = Options(**{n: v for n, v in options.items() if n in names})
     rest = {n: v for n, v in options.items() if n not in names}
     if rest and factory is None:
         raise TypeError(f"unknown options {sorted(rest)}; without a method there are {sorted(names)}.")
     table = inspect(model)
     if _patched(model):
-        raise RuntimeError(
-            "the model is patched already: use handle.remove() or gate4d.integrations.unpatch(model) first."
-        )
+        raise RuntimeError("the model is patched already: use handle.remove() or gate4d.unpatch(model) first.")
     if table.problems or not table.rows:
         what = "it has no attention that is known" if not table.rows and not table.problems else "it does not fit"
         raise ValueError(f"model cannot be patched: {what}. Found:\n{table}")
@@ -158,11 +159,10 @@ def _patched(model: nn.Module) -> list[tuple[nn.Module, str]]:
 
 
 def _method(name: str) -> Callable[..., Method]:
-    try:
-        importlib.import_module("gate4d.methods")  # methods register themselves on import
-    except ModuleNotFoundError as e:
-        if e.name != "gate4d.methods":
-            raise
-    if name not in _METHODS:
-        raise ValueError(f"method must be one of {sorted(_METHODS)} or None, got {name!r}.")
-    return _METHODS[name]
+    if name in _registered:
+        return _registered[name]
+    if name not in METHODS:
+        raise ValueError(f"method must be one of {sorted({*METHODS, *_registered})} or None, got {name!r}.")
+    from . import methods
+
+    return getattr(methods, METHODS[name])

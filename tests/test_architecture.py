@@ -32,13 +32,6 @@ KNOWN: set[str] = {
     "gate4d.benchmarks.rows uses importlib.import_module",
     "gate4d.benchmarks.study_worker uses importlib.import_module",
     "gate4d.benchmarks.systems uses importlib.import_module",
-    "gate4d.handle uses importlib.import_module",
-    "gate4d.integrations imports gate4d.handle, a room above its own",
-    "gate4d.methods.easi3r imports gate4d.handle, a room above its own",
-    "gate4d.methods.more imports gate4d.handle, a room above its own",
-    "gate4d.methods.mut3r imports gate4d.handle, a room above its own",
-    "gate4d.methods.ttt3r imports gate4d.handle, a room above its own",
-    "gate4d.methods.vggt4d imports gate4d.handle, a room above its own",
     "gate4d.models.files uses importlib.import_module",
 }
 NO_ROOM = {

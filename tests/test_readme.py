@@ -44,7 +44,7 @@ def test_the_patch_examples_run(blocks):
         gated = "method" in block
         assert torch.allclose(names["out"]["depth"], plain, rtol=1e-4, atol=1e-5) != gated
     assert torch.equal(names["model"](names["images"])["depth"], plain)
-    registry._METHODS.pop("quiet keys", None)
+    registry._registered.pop("quiet keys", None)
 
 
 def test_commands_and_files_exist():

@@ -1,6 +1,5 @@
-"""A reversible patch for the models people already run, and a table of what was recognised in them."""
+"""Where a gate can go into the models people already run: one file per family, and a table of what was recognised."""
 
-from ..handle import Handle, patch, register_method, unpatch
 from .table import AttentionRow, AttentionTable, inspect
 
-__all__ = ["AttentionRow", "AttentionTable", "Handle", "inspect", "patch", "register_method", "unpatch"]
+__all__ = ["AttentionRow", "AttentionTable", "inspect"]

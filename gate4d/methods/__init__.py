@@ -1,4 +1,4 @@
-"""The systems, end to end, over gate4d's primitives; importing them registers them for ``gate4d.patch``."""
+"""The systems, end to end, over gate4d's primitives."""
 
 from .easi3r import Easi3r, Easi3rPass, Easi3rResult
 from .more import More, MoreFrame, MoreResult, MoreStream

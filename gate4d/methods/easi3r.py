@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 
 from ..gates import MotionGate
-from ..handle import register_method
 from ..integrations.table import AttentionTable
 from ..statistics.pairs import PairMaps, PairSaliency
 from .rollout import clip_images, patch_size, require_family, require_parts
@@ -49,7 +48,6 @@ class Easi3rResult(NamedTuple):
     pairs: list[Pair]
 
 
-@register_method("easi3r")
 class Easi3r:
     """Easi3R's two passes over the pairs of a sliding window.
 

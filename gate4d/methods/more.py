@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from ..handle import register_method
 from ..integrations.base import Options
 from ..integrations.table import AttentionTable
 from ..nn.attention import AttentionControl
@@ -55,7 +54,6 @@ class MoreResult(NamedTuple):
     motion: list[Tensor | None]
 
 
-@register_method("more")
 class More:
     """Grouped causal attention: causal over frames, full inside a frame.
 
@@ -81,6 +79,8 @@ class More:
         causal: ``"frame"``, or, as an ablation, ``"token"``: in global blocks a token sees only itself and those
             before it, as in a language model.
     """
+
+    takes = ("window", "anchors")  # options of ``patch`` that are the method's own
 
     def __init__(
         self,

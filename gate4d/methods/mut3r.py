@@ -10,7 +10,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..gates import MotionGate
-from ..handle import register_method
 from ..integrations.table import AttentionTable
 from ..statistics.cues import CUES, raw_cue, standardised
 from .rollout import RecurrentMethod
@@ -45,7 +44,6 @@ class Mut3rResult(NamedTuple):
     state: Tensor
 
 
-@register_method("mut3r")
 class Mut3r(RecurrentMethod):
     """Motion scores from the decoder's self-attention of a frame, then the frame again under three gates.
 

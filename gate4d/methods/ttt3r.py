@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..handle import register_method
 from ..integrations.table import AttentionTable
 from ..statistics.logits import mean_logits
 from .rollout import RecurrentMethod
@@ -36,7 +35,6 @@ class Ttt3rResult(NamedTuple):
     state: Tensor
 
 
-@register_method("ttt3r")
 class Ttt3r(RecurrentMethod):
     """``S_t = beta S_new + (1 - beta) S_{t-1}``, ``beta = sigmoid(mean over image keys, heads, layers of the logits)``.
 

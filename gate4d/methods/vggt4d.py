@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from ..gates import MotionGate
 from ..geometry import decode_pose, invert
-from ..handle import register_method
 from ..integrations.table import AttentionTable
 from ..statistics.gram import RECIPES, GramRecipe, GramResult, GramSaliency
 from ..visibility import TokenLayout
@@ -40,7 +39,6 @@ class Vggt4dResult(NamedTuple):
     refined_masks: Tensor | None = None
 
 
-@register_method("vggt4d")
 class Vggt4d:
     """VGGT4D's two passes over a clip, and the refinement of the masks by reprojection.
 

@@ -6,7 +6,7 @@ from standins import croco, others, vggt
 from torch import nn
 
 import gate4d
-from gate4d.integrations import register_method
+from gate4d import register_method
 from gate4d.integrations.masks import recognise
 
 
@@ -147,7 +147,7 @@ def test_options_and_methods():
     finally:
         from gate4d import handle as registry
 
-        del registry._METHODS["test only"]
+        del registry._registered["test only"]
 
 
 def test_wrong_frame_count_of_a_mask():

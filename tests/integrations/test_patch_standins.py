@@ -9,7 +9,7 @@ import torch
 from standins import croco, others, vggt
 
 import gate4d
-from gate4d.integrations import unpatch
+from gate4d import unpatch
 
 
 def leaves(x):

@@ -83,7 +83,7 @@ def test_the_models_own_loop_follows_and_undo_is_exact():
             for own, ours in zip(loop(views), result.predictions, strict=True):
                 assert torch.equal(own["pts3d"], ours["pts3d"])
         assert twin._recurrent_rollout.model is twin
-    gate4d.integrations.unpatch(twin)
+    gate4d.unpatch(twin)
     assert torch.equal(twin(views)[-1]["pts3d"], plain[-1]["pts3d"])
     assert not torch.allclose(plain[-1]["pts3d"], result.predictions[-1]["pts3d"], atol=1e-4)
     assert "_recurrent_rollout" not in model.__dict__
