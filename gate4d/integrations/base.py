@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ..nn.attention import AttentionControl, fused_heads, split_heads, split_qkv
-from ..nn.cache import FrameKVCache
+from ..nn.cache import FrameKVCache, Slot
 from ..nn.fused_rope import fuses
 from ..nn.rope import RoPE2D
 
@@ -105,26 +105,30 @@ class PatchedAttention(AttentionControl):
 
     # The order of every family: projection, norm, (cast,) RoPE, attention, heads concatenated, proj, proj_drop.
 
-    def project(self, x: Tensor, pos: Tensor | None, cache: FrameKVCache | None = None):
-        """``x [B, N, C]`` to q, k, v ``[B, H, N, D]`` after q/k-norm and RoPE; ``cache`` as for :func:`fused_heads`."""
+    def project(self, x: Tensor, pos: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """``x [B, N, C]`` to q, k, v ``[B, H, N, D]`` after q/k-norm and RoPE."""
+        return self.project_into(x, pos, None)[:3]
+
+    def project_into(self, x: Tensor, pos: Tensor | None, cache: FrameKVCache | None):
+        """:meth:`project`, and the cache or its slot that holds k and v already; see :func:`fused_heads`."""
         return self._turned(*split_qkv(self.module.qkv(x), self.module.num_heads), pos, pos, cache)
 
     def project_cross(self, query: Tensor, key: Tensor, value: Tensor, qpos: Tensor | None, kpos: Tensor | None):
         """``[B, Nq, C]``, ``[B, Nk, C]``, ``[B, Nk, C]`` to q, k, v ``[B, H, N, D]`` after RoPE."""
         module, heads = self.module, self.module.num_heads
         q, k, v = module.projq(query), module.projk(key), module.projv(value)
-        return self._turned(*(split_heads(x, heads) for x in (q, k, v)), qpos, kpos)
+        return self._turned(*(split_heads(x, heads) for x in (q, k, v)), qpos, kpos)[:3]
 
-    def _turned(self, q, k, v, qpos, kpos, cache=None) -> tuple[Tensor, Tensor, Tensor]:
+    def _turned(self, q, k, v, qpos, kpos, cache=None) -> tuple[Tensor, Tensor, Tensor, FrameKVCache | Slot | None]:
         norms = tuple(getattr(self.module, name, None) for name in ("q_norm", "k_norm"))
         norms = tuple(_IDENTITY if n is None else n for n in norms)
         if self._fuses(q, k, norms, qpos, kpos):
             positions = (None, None) if self.exact_rope is None else (qpos, kpos)
-            return fused_heads(q, k, v, norms, self.exact_rope, positions, cache if self.cache is None else None)
+            return fused_heads(q, k, v, norms, self.exact_rope, positions, cache)
         q, k = norms[0](q), norms[1](k)
         if self.casts:
             q, k = q.to(v.dtype), k.to(v.dtype)
-        return *self.rotate(q, k, qpos, kpos), v
+        return *self.rotate(q, k, qpos, kpos), v, cache
 
     def _fuses(self, q: Tensor, k: Tensor, norms, qpos: Tensor | None, kpos: Tensor | None) -> bool:
         """Whether one kernel a side gives q and k as the module's own norm and RoPE do, or with fewer roundings.

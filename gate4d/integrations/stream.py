@@ -119,8 +119,8 @@ class _Streaming(PatchedAttention):
 
     def streamed(self, x: Tensor, cache: StreamCache, pos: Tensor | None):
         self.check_grid(cache, pos)
-        q, k, v = self.project(x, pos, cache)
-        out = self.attend(q, k, v, scale=self.scale, cache=cache)
+        q, k, v, held = self.project_into(x, pos, cache)
+        out = self.attend(q, k, v, scale=self.scale, cache=held)
         return self.output(out), tuple(CachedTensor(cache, part, self.by_frame) for part in (0, 1))
 
     def check_grid(self, cache: StreamCache, pos: Tensor | None) -> None:

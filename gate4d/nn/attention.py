@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ..functional import gated_attention
 from ..gates import MotionGate
 from ..visibility import Visibility
-from .cache import FrameKVCache
+from .cache import FrameKVCache, Slot
 from .fused_rope import apply_fused, fuses
 from .rope import RoPE2D
 
@@ -62,12 +62,12 @@ class AttentionControl:
         scale: float | None = None,
         gate: Gate = None,
         visible: Visibility | None = None,
-        cache: FrameKVCache | None = None,
+        cache: FrameKVCache | Slot | None = None,
     ) -> Tensor:
         """Attention of normed and rotated q and k: ``[B, H, Nq, Dv]``.
 
         ``gate`` and ``visible`` are what the model's own call asks for. With ``cache``, k and v are one frame that is
-        appended to it, and q attends to everything the cache holds.
+        appended to it, and q attends to everything the cache holds; a :class:`Slot` of a cache holds them already.
 
         Raises:
             ValueError: the call brings a gate or a visibility and another one is set here.
@@ -91,7 +91,10 @@ class AttentionControl:
         else:
             if visible is not None:
                 raise ValueError("visible cannot be combined with a cache: the cache holds what is visible.")
-            cache.append(k, v)
+            if isinstance(cache, Slot):
+                cache = cache.commit()
+            else:
+                cache.append(k, v)
             keys = cache.num_tokens
             out = cache.attend(q, gate=gate, scale=scale, backend=self.backend)
         self.tokens = (q.shape[2], keys)
@@ -122,17 +125,17 @@ def fused_heads(
     rope: RoPE2D | None,
     positions: tuple[Tensor | None, Tensor | None],
     cache: FrameKVCache | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """q and k after norm and RoPE by one kernel each, where it :func:`fuses`, and v.
+) -> tuple[Tensor, Tensor, Tensor, FrameKVCache | Slot | None]:
+    """q and k after norm and RoPE by one kernel each, where it :func:`fuses`, v, and where the frame goes.
 
-    Without gradients and where the cache stores this dtype, keys and values are written into its next slot, and what is
-    returned for them is that memory: ``cache.append`` then copies nothing.
+    Without gradients and where the cache stores this dtype, keys and values are written into its next slot, which is
+    returned in the place of the cache; what is returned for k and v is that memory.
     """
     q = apply_fused(q, norms[0], rope, positions[0])
     if cache is None or cache.frozen or torch.is_grad_enabled() or cache.stores(v.dtype) != k.dtype:
-        return q, apply_fused(k, norms[1], rope, positions[1]), v
-    slot_k, slot_v = cache.slot(k, v)
-    return q, apply_fused(k, norms[1], rope, positions[1], out=slot_k), slot_v.copy_(v)
+        return q, apply_fused(k, norms[1], rope, positions[1]), v, cache
+    slot = cache.claim(k, v)
+    return q, apply_fused(k, norms[1], rope, positions[1], out=slot.k), slot.v.copy_(v), slot
 
 
 class _Attention(nn.Module):
@@ -190,7 +193,7 @@ class SelfAttention(_Attention):
         q, k, v = split_qkv(self.qkv(x), self.num_heads)
         pos = None if self.rope is None else pos
         if fuses(q, self.q_norm, self.rope) and fuses(k, self.k_norm, self.rope):
-            q, k, v = fused_heads(q, k, v, (self.q_norm, self.k_norm), self.rope, (pos, pos), cache)
+            q, k, v, cache = fused_heads(q, k, v, (self.q_norm, self.k_norm), self.rope, (pos, pos), cache)
         else:
             q, k = self.q_norm(q), self.k_norm(k)
             if pos is not None:

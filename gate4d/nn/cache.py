@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -10,11 +11,31 @@ from torch import Tensor
 
 from ..functional import gated_attention
 from ..gates import MotionGate
+from ..kernels.attention.merge import merge
 from ..visibility import Visibility
+from ._pages import Pages, Place
 
 PAGE_TOKENS = 4096  # a page is a few frames: large enough that merging pages costs little, small enough to be slack
 
 Policy = Callable[[Sequence[int], Tensor], int]
+
+
+@dataclass(frozen=True)
+class Slot:
+    """Memory for the next frame of a cache, for a kernel that writes keys where they stay.
+
+    Attributes:
+        k, v: views ``[B, H, P, D]`` and ``[B, H, P, Dv]`` in the dtype stored; to be filled before :meth:`commit`.
+    """
+
+    cache: FrameKVCache
+    k: Tensor
+    v: Tensor
+
+    def commit(self) -> FrameKVCache:
+        """The frame is written: the cache holds it from now on. Returns the cache."""
+        self.cache._commit(self)
+        return self.cache
 
 
 class FrameKVCache:
@@ -74,14 +95,12 @@ class FrameKVCache:
 
     def reset(self) -> None:
         """Forget everything; the next frame may have another number of tokens."""
-        self._pages: list[tuple[Tensor, Tensor]] = []  # k [B, H, frames * P, D], v [B, H, frames * P, Dv]
-        self._sizes: list[int] = []  # P of each page
-        self._ids: list[list[int]] = []  # of each page, the frame id in each used slot
+        self._pages = Pages()
         self._scores: dict[int, Tensor] = {}  # by frame id, fp32 scalar
         self._next_id = 0
-        self._slot: Tensor | None = None  # int64 [P]: where write() puts the frame, inside its page
-        self._page = 0
-        self._claimed: tuple[Tensor, ...] | None = None  # what slot() gave out
+        self._index: Tensor | None = None  # int64 [P]: where write() puts the frame, inside its page
+        self._newest = Place(0, 0)
+        self._open: Slot | None = None  # claimed and not committed yet
         self.tokens_per_frame = 0
 
     def __repr__(self) -> str:
@@ -91,17 +110,17 @@ class FrameKVCache:
     @property
     def num_frames(self) -> int:
         """Frames held."""
-        return sum(map(len, self._ids))
+        return self._pages.num_frames
 
     @property
     def num_tokens(self) -> int:
         """Keys held."""
-        return sum(len(ids) * size for ids, size in zip(self._ids, self._sizes, strict=True))
+        return self._pages.num_tokens
 
     @property
     def frame_ids(self) -> tuple[int, ...]:
         """Ids (0, 1, ... in order of arrival) of the frames held, in storage order."""
-        return tuple(i for ids in self._ids for i in ids)
+        return self._pages.frame_ids
 
     @property
     def frames_seen(self) -> int:
@@ -111,7 +130,7 @@ class FrameKVCache:
     @property
     def nbytes(self) -> int:
         """Bytes reserved for K and V."""
-        return sum(x.untyped_storage().nbytes() for page in self._pages for x in page)
+        return self._pages.nbytes
 
     def append(self, k: Tensor, v: Tensor) -> None:
         """Append one frame: ``k [B, H, P, D]`` after norm and RoPE, ``v [B, H, P, Dv]``.
@@ -124,27 +143,27 @@ class FrameKVCache:
         """
         if self.frozen:
             return
-        claimed, self._claimed = self._claimed, None
-        if claimed is not None and k is claimed[0] and v is claimed[1]:
-            return
         self.reserve(k, v)
         self.write(k, v)
 
-    def slot(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """:meth:`reserve`, and the memory of the frame: views shaped as k and v, in the dtype stored.
+    def claim(self, k: Tensor, v: Tensor) -> Slot:
+        """:meth:`reserve`, and the memory of the frame: a kernel fills it, then :meth:`Slot.commit`.
 
-        For a kernel that writes keys where they stay: fill both views, then :meth:`append` these very tensors, which
-        copies nothing. Of k and v only shapes, dtypes and devices are read.
+        Of k and v only shapes, dtypes and devices are read.
         """
         self.reserve(k, v)
-        tokens = self.tokens_per_frame
-        first = self._ids[self._page].index(self._next_id - 1) * tokens
-        self._claimed = tuple(x.narrow(2, first, tokens) for x in self._pages[self._page])
-        return self._claimed
+        self._open = Slot(self, *self._pages.view(self._newest))
+        return self._open
+
+    def _commit(self, slot: Slot) -> None:
+        if slot is not self._open:
+            raise RuntimeError("this slot is not open: it was committed already, or another frame came after it.")
+        self._open = None
 
     def stores(self, dtype: torch.dtype) -> torch.dtype:
         """The dtype in which a frame with values of ``dtype`` is stored."""
-        return self._pages[0][0].dtype if self._pages else self.dtype or dtype
+        held = self._pages.tensors
+        return held[0][0].dtype if held else self.dtype or dtype
 
     def reserve(self, k: Tensor, v: Tensor) -> None:
         """Choose (and if need be, allocate or evict) the slot of the next frame; only shapes are read.
@@ -153,31 +172,33 @@ class FrameKVCache:
         :meth:`attend`, and call ``reserve`` before each replay: it puts the slot on the device.
         """
         self._check(k, v)
+        self._open = None
         tokens = self.tokens_per_frame = k.shape[2]
-        page, slot = None, 0
+        pages, place = self._pages, None
         if self.window is not None and self.num_frames == self.window + self.anchors:
-            page, slot = self._evict()
-            if self._sizes[page] != tokens:
-                self._release(page, slot)
-                page = None
-        if page is None:
-            page = self._page_with_room(tokens)
+            place = pages.find(self._evict())
+            if pages.sizes[place.page] != tokens:
+                pages.release(place)
+                place = None
+        if place is None:
+            page = pages.room(tokens)
             if page is None:
-                page = self._allocate(k, v)
-            slot = len(self._ids[page])
-            self._ids[page].append(0)
-        self._ids[page][slot] = self._next_id
+                page = pages.allocate(k, v, self._page_frames(tokens), self.dtype or v.dtype)
+            place = Place(page, len(pages.ids[page]))
+            pages.ids[page].append(0)
+        pages.ids[place.page][place.slot] = self._next_id
         self._scores[self._next_id] = torch.zeros((), device=k.device)
         self._next_id += 1
-        self._page = page
-        index = torch.arange(slot * tokens, (slot + 1) * tokens, device=k.device)
-        reusable = self._slot is not None and self._slot.device == k.device and self._slot.shape == index.shape
-        self._slot = self._slot.copy_(index) if reusable else index
+        self._newest = place
+        index = torch.arange(place.slot * tokens, (place.slot + 1) * tokens, device=k.device)
+        held = self._index
+        reusable = held is not None and held.device == k.device and held.shape == index.shape
+        self._index = held.copy_(index) if reusable else index
 
     def write(self, k: Tensor, v: Tensor) -> None:
         """Write one frame into the reserved slot; see :meth:`append` for shapes."""
-        for stored, new in zip(self._pages[self._page], (k, v), strict=True):
-            stored.index_copy_(2, self._slot, new.detach().to(stored.dtype))
+        for stored, new in zip(self._pages.tensors[self._newest.page], (k, v), strict=True):
+            stored.index_copy_(2, self._index, new.detach().to(stored.dtype))
 
     def extend(self, k: Tensor, v: Tensor, frames: int) -> None:
         """Append ``frames`` frames at once: ``k [B, H, frames * P, D]``, ``v [B, H, frames * P, Dv]``."""
@@ -193,18 +214,15 @@ class FrameKVCache:
         if cache.window is not None:
             cache.extend(k, v, frames)
             return cache
-        cache._pages = [(k.detach().to(v.dtype), v.detach())]
         cache.tokens_per_frame = k.shape[2] // frames
-        cache._sizes = [cache.tokens_per_frame]
-        cache._ids = [list(range(frames))]
+        cache._pages.adopt(k.detach().to(v.dtype), v.detach(), cache.tokens_per_frame, list(range(frames)))
         cache._scores = {i: torch.zeros((), device=k.device) for i in range(frames)}
         cache._next_id = frames
         return cache
 
     def pages(self) -> list[tuple[Tensor, Tensor]]:
         """The used part of each page: views ``k [B, H, n * P, D]`` and ``v [B, H, n * P, Dv]``, not copies."""
-        counts = [len(ids) * size for ids, size in zip(self._ids, self._sizes, strict=True)]
-        return [(k.narrow(2, 0, n), v.narrow(2, 0, n)) for (k, v), n in zip(self._pages, counts, strict=True)]
+        return self._pages.used()
 
     def attend(
         self, q: Tensor, *, gate: MotionGate | None = None, scale: float | None = None, backend: str = "auto"
@@ -217,6 +235,8 @@ class FrameKVCache:
         pages = self.pages()
         if not pages:
             raise ValueError("the cache is empty: append a frame before attending.")
+        if self._open is not None:
+            raise RuntimeError("the slot that was claimed last is not committed: its frame may not be written yet.")
         for name in ("key_score", "dropped_keys"):
             x = getattr(gate, name, None)
             if x is not None and x.shape[-1] != self.num_tokens:
@@ -224,13 +244,13 @@ class FrameKVCache:
         for number, (k, v) in enumerate(pages):
             part = _keys_of(gate, start, start + k.shape[2])
             start += k.shape[2]
-            own = self.token_causal and not self.frozen and number == self._page
+            own = self.token_causal and not self.frozen and number == self._newest.page
             visible = self._up_to_itself(q.shape[2], k.shape[2]) if own else None
             call = {"gate": part, "visible": visible, "scale": scale, "backend": backend}
             if len(pages) == 1:
                 return gated_attention(q.to(k.dtype), k, v, **call).to(dtype)
             out, aux = gated_attention(q.to(k.dtype), k, v, return_aux=True, **call)
-            merged = _merge(merged, (out.float(), aux.lse))
+            merged = merge(merged, (out.float(), aux.lse))
         return merged[0].to(dtype)
 
     def _up_to_itself(self, queries: int, keys: int) -> Visibility:
@@ -240,7 +260,7 @@ class FrameKVCache:
             raise ValueError(
                 f"q must be the {tokens} tokens of the newest frame in a token-causal cache, got {queries}."
             )
-        slot = self._ids[self._page].index(self._next_id - 1)
+        slot = self._newest.slot
         after = torch.full((tokens,), (slot + 1) * tokens)
         return Visibility.intervals(after, torch.full_like(after, keys), torch.arange(tokens) + slot * tokens + 1)
 
@@ -250,7 +270,7 @@ class FrameKVCache:
         if scores.shape[-1] != self.num_tokens:
             raise ValueError(f"scores must have {self.num_tokens} entries a batch item, got {list(scores.shape)}.")
         start, scores = 0, scores.detach().float().reshape(-1, self.num_tokens)
-        for ids, size in zip(self._ids, self._sizes, strict=True):
+        for ids, size in zip(self._pages.ids, self._pages.sizes, strict=True):
             part = scores[:, start : start + len(ids) * size].unflatten(1, (len(ids), size))
             start += len(ids) * size
             self._scores |= {i: self._scores[i] + mean for i, mean in zip(ids, part.mean((0, 2)), strict=True)}
@@ -261,9 +281,9 @@ class FrameKVCache:
                 raise ValueError(f"{name} must be one frame of shape [B, H, P, D], got {list(x.shape)}.")
         if v.shape[:3] != k.shape[:3]:
             raise ValueError(f"v must have one value per key of k {list(k.shape)}, got {list(v.shape)}.")
-        if not self._pages:
+        if not self._pages.tensors:
             return
-        for name, x, held in (("k", k, self._pages[0][0]), ("v", v, self._pages[0][1])):
+        for name, x, held in zip("kv", (k, v), self._pages.tensors[0], strict=True):
             tokens = x.shape[2] if self.ragged else self.tokens_per_frame
             wanted = [*held.shape[:2], tokens, held.shape[3]]
             if list(x.shape) != wanted:
@@ -272,30 +292,16 @@ class FrameKVCache:
                     "resolution or batch need a reset() of the cache."
                 )
 
-    def _page_with_room(self, tokens: int) -> int | None:
-        """A page of frames of this size with a free slot."""
-        for page, ((k, _), size, ids) in enumerate(zip(self._pages, self._sizes, self._ids, strict=True)):
-            if size == tokens and len(ids) * size < k.shape[2]:
-                return page
-        return None
+    def _page_frames(self, tokens: int) -> int:
+        """Slots of a new page."""
+        if self.window is None:  # small caches start small; no page is larger than PAGE_TOKENS or page_frames frames
+            return max(self.page_frames, min(self.num_frames, PAGE_TOKENS // max(1, tokens)))
+        capacity = self.window + self.anchors
+        first = not self._pages.tensors  # later ones are for frames of another size
+        return capacity if first else min(self.page_frames, capacity)
 
-    def _allocate(self, k: Tensor, v: Tensor) -> int:
-        tokens = self.tokens_per_frame
-        if self.window is not None and not self._pages:
-            frames = self.window + self.anchors
-        elif self.window is not None:  # another size than the first frame's
-            frames = min(self.page_frames, self.window + self.anchors)
-        else:  # small caches start small; no page is larger than PAGE_TOKENS or page_frames frames
-            frames = max(self.page_frames, min(self.num_frames, PAGE_TOKENS // max(1, tokens)))
-        dtype = self.dtype or v.dtype
-        shapes = ((*x.shape[:2], frames * tokens, x.shape[3]) for x in (k, v))
-        self._pages.append(tuple(torch.empty(s, dtype=dtype, device=k.device) for s in shapes))
-        self._sizes.append(tokens)
-        self._ids.append([])
-        return len(self._pages) - 1
-
-    def _evict(self) -> tuple[int, int]:
-        """Page and slot of the frame that leaves."""
+    def _evict(self) -> int:
+        """The id of the frame that leaves."""
         candidates = sorted(i for i in self.frame_ids if i >= self.anchors)
         chosen = candidates[0]
         if self.policy is not None:
@@ -303,19 +309,7 @@ class FrameKVCache:
             if chosen not in candidates:
                 raise ValueError(f"policy must return one of the frame ids {candidates}, got {chosen!r}.")
         del self._scores[chosen]
-        return next((page, ids.index(chosen)) for page, ids in enumerate(self._ids) if chosen in ids)
-
-    def _release(self, page: int, slot: int) -> None:
-        """Free a slot for good: the page's last frame moves into it, and a page without frames goes."""
-        ids, size = self._ids[page], self._sizes[page]
-        last = len(ids) - 1
-        for x in self._pages[page]:
-            x[:, :, slot * size : (slot + 1) * size] = x[:, :, last * size : (last + 1) * size].clone()
-        ids[slot] = ids[last]
-        ids.pop()
-        if not ids:
-            for held in (self._pages, self._sizes, self._ids):
-                del held[page]
+        return chosen
 
 
 def _check_frames(k: Tensor, v: Tensor, frames: int) -> None:
@@ -335,12 +329,3 @@ def _keys_of(gate: MotionGate | None, start: int, end: int) -> MotionGate | None
         gate.strength,
         gate.renormalize,
     )
-
-
-def _merge(a: tuple[Tensor, Tensor] | None, b: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    """Softmax-weighted mean of two attention results ``(out [B, H, Nq, Dv], lse [B, H, Nq])``."""
-    if a is None:
-        return b
-    lse = torch.logaddexp(a[1], b[1])
-    weight = torch.where(lse == -torch.inf, 0.0, torch.exp(b[1] - lse))  # both empty: -inf minus -inf
-    return torch.lerp(a[0], b[0], weight[..., None].to(a[0].dtype)), lse

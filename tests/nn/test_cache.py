@@ -31,7 +31,7 @@ def test_growing_cache_equals_concatenation_and_never_moves():
     assert cache.num_frames == 13
     assert cache.frame_ids == tuple(range(13))
     used = 13 * 5 * 2 * 2 * 16 * 4 * 2
-    largest = max(k.numel() * 4 * 2 for k, _ in cache._pages)
+    largest = max(k.numel() * 4 * 2 for k, _ in cache._pages.tensors)
     assert used <= cache.nbytes < used + largest
     cache.reset()
     assert cache.nbytes == cache.num_tokens == 0
@@ -125,10 +125,10 @@ def test_steady_state_is_fixed_for_graphs():
     cache, seen = FrameKVCache(2), frames(7)
     for frame in seen[:2]:
         cache.append(*frame[1:])
-    slot, shape = cache._slot.data_ptr(), cache.pages()[0][0].shape
+    slot, shape = cache._index.data_ptr(), cache.pages()[0][0].shape
     for t in range(2, 7):
         cache.reserve(*seen[t][1:])
-        assert cache._slot.data_ptr() == slot
+        assert cache._index.data_ptr() == slot
         cache.write(*seen[t][1:])
         assert cache.pages()[0][0].shape == shape
         assert torch.allclose(cache.attend(seen[t][0]), expected(seen[t][0], seen[t - 1 : t + 1]), atol=1e-5)
@@ -211,3 +211,25 @@ def test_token_causal_and_frozen(window):
     cache.append(k[:, :, :5], v[:, :, :5])
     assert cache.frames_seen == 8
     assert torch.allclose(cache.attend(q[:, :, :3]), F.scaled_dot_product_attention(q[:, :, :3], k, v), atol=1e-5)
+
+
+def test_a_claimed_slot_counts_once_it_is_committed():
+    cache = FrameKVCache(window=2)
+    (q, k, v), (_, k2, v2) = (frames(2)[t] for t in range(2))
+    cache.append(k, v)
+    slot = cache.claim(k2, v2)
+    with pytest.raises(RuntimeError, match="not committed"):
+        cache.attend(q)
+    slot.k.copy_(k2)
+    slot.v.copy_(v2)
+    assert slot.commit() is cache
+    other = FrameKVCache(window=2)
+    other.append(k, v)
+    other.append(k2, v2)
+    assert torch.equal(cache.attend(q), other.attend(q))
+    with pytest.raises(RuntimeError, match="not open"):
+        slot.commit()
+    late = cache.claim(k, v)
+    cache.append(k2, v2)
+    with pytest.raises(RuntimeError, match="another frame came after it"):
+        late.commit()

@@ -204,13 +204,13 @@ def test_attention_module_uses_the_kernel(norm, rotate, sizes, emulated, monkeyp
 
     def run(fused: bool):
         cache = FrameKVCache(window=2, anchors=1, ragged=len(set(sizes)) > 1, page_frames=2)
-        append = cache.append
+        attend = cache.attend
 
-        def appended(k, v):
-            append(k, v)
-            inside.append(any(lies_in(c, page[0]) for c in emulated[-1:] for page in cache._pages))
+        def attended(q, **call):
+            inside.append(any(lies_in(c, page[0]) for c in emulated[-1:] for page in cache._pages.tensors))
+            return attend(q, **call)
 
-        monkeypatch.setattr(cache, "append", appended)
+        monkeypatch.setattr(cache, "attend", attended)
         with monkeypatch.context() as m:
             if not fused:
                 m.setattr("gate4d.nn.fused_rope._fused", lambda x, rope: False)
@@ -279,13 +279,13 @@ def run_patched(name, emulated, monkeypatch, *, dtype=torch.float32, autocast=Fa
 @pytest.mark.parametrize("name", PATCHED)
 def test_patched_models_use_the_kernel(name, emulated, monkeypatch):
     """The same outputs; a stream's keys go straight into its caches, one for each of 2 layers."""
-    slots, slot = [], FrameKVCache.slot
-    monkeypatch.setattr(FrameKVCache, "slot", lambda c, k, v: slots.append(slot(c, k, v)) or slots[-1])
+    slots, claim = [], FrameKVCache.claim
+    monkeypatch.setattr(FrameKVCache, "claim", lambda c, k, v: slots.append(claim(c, k, v)) or slots[-1])
     want, got, calls = run_patched(name, emulated, monkeypatch)
     assert calls == CALLS[name]
     written, slots = {x.data_ptr() for x in emulated}, slots[-8:]  # the trial runs' come first
     assert len(slots) == (8 if name.startswith("stream") else 0)
-    assert all(k.data_ptr() in written for k, _ in slots)
+    assert all(s.k.data_ptr() in written for s in slots)
     for a, b in zip(got, want, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
 
