@@ -88,8 +88,8 @@ def chained(steps: Tensor, before: Tensor | None = None) -> Tensor:
         for by, along in zip(turns[1:], shifts[1:], strict=True):
             turn, shift = by @ turn, by @ shift + along
             found.append((turn, shift))
-    turns, shifts = (torch.stack(x, dim=1) for x in zip(*found, strict=True))
-    return torch.cat((shifts[..., 0], matrix_to_quaternion(turns), steps[..., 7:]), dim=-1)
+    turned, shifted = (torch.stack(x, dim=1) for x in zip(*found, strict=True))
+    return torch.cat((shifted[..., 0], matrix_to_quaternion(turned), steps[..., 7:]), dim=-1)
 
 
 def unproject(depth: Tensor, extrinsics: Tensor, intrinsics: Tensor) -> Tensor:

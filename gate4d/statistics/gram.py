@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -234,7 +234,7 @@ class GramSaliency:
             rows.append((target @ x[t].float().mT).squeeze(2).sum(1))
         return torch.stack(rows, dim=1)
 
-    def _deviation(self, layers: list[list[_Frames | Tensor]]) -> Tensor:  # -> [B, T, P]
+    def _deviation(self, layers: list[Any]) -> Tensor:  # -> [B, T, P]
         """Std over tokens of the mean over layers, heads and source frames; frame by frame."""
         current = layers[-1][0].x  # [B, H, N, D]
         batch, heads, width = current.shape[0], current.shape[1], current.shape[1] * current.shape[3]

@@ -140,12 +140,10 @@ class PairSaliency:
 
     def _fused(self, decoder: int) -> tuple[Tensor, Tensor]:
         layers = [state for (d, _), state in sorted(self._state.items()) if d == decoder]
-        return tuple(
-            self._fuse(
-                torch.stack([torch.cat([get(image) for image in images]) for images in zip(*layers, strict=True)])
-            )
-            for get in (lambda m: m.mean, lambda m: m.std())
-        )
+        images = list(zip(*layers, strict=True))  # of each image, one Moments [H, h * w] a layer
+        mean = torch.stack([torch.cat([m.mean for m in of]) for of in images])
+        deviation = torch.stack([torch.cat([m.std() for m in of]) for of in images])
+        return self._fuse(mean), self._fuse(deviation)
 
     def _fuse(self, channels: Tensor) -> Tensor:  # [images, channels, h * w] -> [images, h, w]
         fused = minmax(channels, _EPS, dims=(0, 1, 2)).mean(1)

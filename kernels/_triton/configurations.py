@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -108,11 +109,13 @@ def config(kind: str, capability: tuple[int, int], dtype: torch.dtype, width: in
         newer = _HOPPER if capability < (10, 0) else _BLACKWELL
     table = newer.get(key, _AMPERE[key])
     # Rows that Triton does not know to be aligned are loaded element by element, with an address each.
-    return Config(*(table[max(64, width)] if aligned else _UNALIGNED.get(key, table[256])))
+    entry = table[max(64, width)] if aligned else _UNALIGNED.get(key, table[256])
+    block_m, block_n, warps, stages, registers = (*entry, 0)[:5]
+    return Config(block_m, block_n, warps, stages, registers)
 
 
 @contextmanager
-def override(kind: str, base: Config, **changes: int | bool) -> Iterator[Config]:
+def override(kind: str, base: Config, **changes: Any) -> Iterator[Config]:
     """Within the context ``kind`` uses ``base`` with ``changes``: how benchmarks try variants."""
     chosen = replace(base, **changes)
     previous = dict(_override)

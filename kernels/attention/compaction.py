@@ -16,12 +16,12 @@ class Kept(NamedTuple):
 
     Attributes:
         order: int64 ``[B, Nk]``, a permutation of the keys.
-        count: int32 ``[B]``, number of kept keys.
+        number: int32 ``[B]``, number of kept keys.
         before: int64 ``[B, Nk + 1]``, number of kept keys before each key.
     """
 
     order: Tensor
-    count: Tensor
+    number: Tensor
     before: Tensor
 
     @classmethod

@@ -112,8 +112,7 @@ def _attention_backward_fake(
         return empty_heads_last(x, *x.shape)
 
     def score(x: Tensor | None) -> Tensor:
-        wanted = score_grads and x is not None
-        return q.new_empty(x.shape if wanted else (0,), dtype=torch.float32)
+        return q.new_empty((0,) if x is None or not score_grads else x.shape, dtype=torch.float32)
 
     return like(q), like(k), like(v), score(query_score), score(key_score)
 

@@ -97,6 +97,7 @@ def run_folded(c: Call) -> tuple[Tensor, None, None]:
 
     Its error grows with the share of the un-gated softmax that the gate takes away, so ``auto`` does not choose it.
     """
+    assert c.key_score is not None, "folded_reasons"
     weight = gate_weight(None, c.key_score, c.strength)[:, :, :, None].to(c.v.dtype)  # [B, 1, Nk, 1]
     value = c.v * weight
     if not c.renormalize:
@@ -119,8 +120,11 @@ def run_compacted(c: Call) -> tuple[Tensor, None, None]:
     """Dropped keys as a gather of the kept ones, followed by the fastest plain SDPA. Waits for the device once a
     batch item, to learn how many are kept."""
 
+    dropped = c.dropped_keys
+    assert dropped is not None, "compacted_reasons"
+
     def item(b: int) -> Tensor:
-        keep = (~c.dropped_keys[b]).nonzero().squeeze(1)
+        keep = (~dropped[b]).nonzero().squeeze(1)
         q, k, v = (x[b : b + 1] for x in (c.q, c.k, c.v))
         if not keep.numel():
             return q.new_zeros(*q.shape[:3], v.shape[3])

@@ -150,7 +150,7 @@ def _compacted(
         k, v = kept.gather(readable(k)), kept.gather(v)
         key_score = None if key_score is None else kept.gather(key_score)
         bounds = None if bounds is None else kept.bounds(bounds)
-    count = None if kept is None else kept.count
+    count = None if kept is None else kept.number
     p = problem(q, k, query_score, key_score, bounds, scale, strength, renormalize, count)
     return p, readable(v), kept
 
