@@ -16,7 +16,7 @@ from torch import Tensor
 
 from gate4d import gated_attention
 
-from .cases import Inputs
+from .inputs import Inputs
 
 Step = Callable[[], tuple[Tensor, ...]]
 

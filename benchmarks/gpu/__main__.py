@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from .targets import Step, Work, plan
+from .works import Step, Work, plan
 
 ROOT = Path(__file__).resolve().parents[2]
 DEFAULT_OUT = ROOT / "benchmarks" / "results" / "gpu.json"

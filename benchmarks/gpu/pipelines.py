@@ -18,7 +18,7 @@ import gate4d
 from gate4d.nn import CrossAttention, FrameKVCache, RoPE2D, SelfAttention
 from gate4d.statistics.logits import mean_logits
 
-from .targets import Setup, Step, Work, _compare
+from .works import Setup, Step, Work, _compare
 
 STANDINS = Path(__file__).resolve().parents[2] / "tests"
 STATE, IMAGE = 768, 577  # tokens of CUT3R's state, and of a 384 x 384 image with the pose token

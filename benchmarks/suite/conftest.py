@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from gate4d.benchmarks.timing import summary
+from gate4d.benchmarks.measure.rounds import summary
 
 Step = Callable[[], Sequence[Tensor]]
 SECONDS, ROUNDS = 2.5, (7, 40)

@@ -7,10 +7,10 @@ import torch
 
 from gate4d import gated_attention, received_attention
 from gate4d.benchmarks import peers
-from gate4d.benchmarks.cases import make_inputs
 from gate4d.benchmarks.check import Expected, expected_backward, expected_forward
+from gate4d.benchmarks.inputs import make_inputs
 from gate4d.benchmarks.registry import OPERATIONS, SHAPES
-from gate4d.benchmarks.rows import QUICK, Settings
+from gate4d.benchmarks.rows.target import QUICK, Settings
 
 ATTENTION = [o for o in OPERATIONS.values() if o.gate is not None]
 

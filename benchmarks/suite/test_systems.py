@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from gate4d.benchmarks import backbones
 from gate4d.benchmarks.check import Expected
+from gate4d.benchmarks.sequences import backbones
 
 FRAMES = 8
 

@@ -67,7 +67,7 @@ def run(args: argparse.Namespace) -> int:
     if args.tolerance is not None and not args.tolerance >= 0:
         raise ValueError(f"--tolerance must be 0 or more (0.15 allows 15 %), got {args.tolerance:g}.")
     if args.against is not None:
-        from gate4d.benchmarks import report
+        from gate4d.benchmarks.report import documents as report
 
         if args.what in ("peers", "suite"):
             raise ValueError(f"--against is for targets, systems and sequences, got {args.what!r} (suite: --baseline).")
@@ -81,7 +81,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _show(args: argparse.Namespace) -> int:
-    from gate4d.benchmarks import report
+    from gate4d.benchmarks.report import documents as report
 
     result = report.load(args.markdown)
     if args.against is not None:
@@ -96,7 +96,8 @@ def _show(args: argparse.Namespace) -> int:
 
 def _agrees(args: argparse.Namespace, result: dict) -> bool:
     """Print how far ``result`` is from the file of ``--against``; True without one."""
-    from gate4d.benchmarks import agreement, report
+    from gate4d.benchmarks.report import agreement
+    from gate4d.benchmarks.report import documents as report
 
     if args.against is None:
         return True
@@ -108,7 +109,8 @@ def _agrees(args: argparse.Namespace, result: dict) -> bool:
 
 def _surroundings(args: argparse.Namespace, effort, threads: int) -> dict:
     """Hardware and versions, printed above every result."""
-    from gate4d.benchmarks import report, rows
+    from gate4d.benchmarks.report import documents as report
+    from gate4d.benchmarks.rows import target as rows
 
     about = report.surroundings(rows.Settings(effort, threads, args.backend), report.command_line())
     for line in report.heading(about):
@@ -117,7 +119,9 @@ def _surroundings(args: argparse.Namespace, effort, threads: int) -> dict:
 
 
 def _sequences(args: argparse.Namespace) -> int:
-    from gate4d.benchmarks import plots, report, sequences
+    from gate4d.benchmarks.report import documents as report
+    from gate4d.benchmarks.report import plots
+    from gate4d.benchmarks.sequences import backbone_curves as sequences
 
     if args.only == "list":
         print("\n".join(f"{s.name:<13}{s.stands_for}" for s in sequences.SEQUENCES.values()))
@@ -146,7 +150,9 @@ def _sequences(args: argparse.Namespace) -> int:
 
 
 def _peers(args: argparse.Namespace) -> int:
-    from gate4d.benchmarks import registry, rows, versus
+    from gate4d.benchmarks import registry
+    from gate4d.benchmarks.rows import peer_rows as versus
+    from gate4d.benchmarks.rows import target as rows
 
     if args.list:
         print("\n".join(versus.listing()))
@@ -169,7 +175,8 @@ def _peers(args: argparse.Namespace) -> int:
 
 
 def _suite(args: argparse.Namespace) -> int:
-    from gate4d.benchmarks import baseline, rows
+    from gate4d.benchmarks.rows import target as rows
+    from gate4d.benchmarks.suite import baseline
 
     tolerance = baseline.TOLERANCE if args.tolerance is None else args.tolerance
     file = args.baseline or (baseline.STORED if baseline.STORED.exists() else None)
@@ -192,7 +199,8 @@ def _suite(args: argparse.Namespace) -> int:
 
 
 def _targets(args: argparse.Namespace) -> int:
-    from gate4d.benchmarks import report, rows
+    from gate4d.benchmarks.report import documents as report
+    from gate4d.benchmarks.rows import target as rows
 
     systems = args.what == "systems"
     targets = {name: t for name, t in rows.load_targets().items() if name.startswith("S") == systems}
@@ -229,7 +237,7 @@ def _targets(args: argparse.Namespace) -> int:
 
 def table(result: dict) -> list[str]:
     """The lines of the table, at most 80 characters each."""
-    from gate4d.benchmarks import report
+    from gate4d.benchmarks.report import documents as report
 
     lines = ["", _COLUMNS.format("#", "what", "measured", "+-", "target", "result"), "-" * _WIDTH]
     for row in result["rows"]:

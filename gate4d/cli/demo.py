@@ -52,11 +52,14 @@ def run(args: argparse.Namespace) -> int:
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
+    from gate4d.benchmarks.sequences import clip_stack as measure
+    from gate4d.benchmarks.sequences import trained as reconstruction
+    from gate4d.benchmarks.sequences.stack import SPECIAL_TOKENS, frame_difference, pool_to_patches
     from gate4d.data import read_clip, render_clip
     from gate4d.data.clip import fitted_size
-    from gate4d.demo import measure, reconstruction, report
-    from gate4d.demo.stack import SPECIAL_TOKENS, frame_difference, pool_to_patches
     from gate4d.models import TRAINED_PATCHES
+
+    from . import demo_report as report
 
     report.check_folder(args.out)
     model = _trained(args.weights)

@@ -49,7 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """0 if a row was measured (rows without weights are skipped and say so), 1 if none was."""
     if args.markdown is not None:
-        from gate4d.benchmarks.report import write_into
+        from gate4d.benchmarks.report.documents import write_into
 
         text = markdown(load(args.markdown))
         if args.into is None:
@@ -114,7 +114,7 @@ def load(path: Path) -> dict:
     Raises:
         ValueError: it is not one, or one of another schema.
     """
-    from gate4d.benchmarks.report import read
+    from gate4d.benchmarks.report.documents import read
 
     return read(path, "gate4d eval", SCHEMA, lambda result: result.get("kind") == "gate4d eval")
 
