@@ -1,6 +1,6 @@
 """The implementations compared, each called as its users call it.
 
-A builder takes :class:`~gate4d.benchmarks.cases.Inputs`, prepares what may be prepared once (the gate, a dense bias,
+A builder takes :class:`~gate4d.benchmarks.inputs.Inputs`, prepares what may be prepared once (the gate, a dense bias,
 compilation) and returns a step: a callable without arguments that gives the tuple of results.
 """
 

@@ -10,7 +10,6 @@ can import it.
 
 from __future__ import annotations
 
-import importlib
 import json
 import os
 import re
@@ -21,9 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .resident import MIB, ResidentMeter
-
-__all__ = ["MIB", "attention_step", "measure", "peak_growth"]
+from .load import load
+from .resident import ResidentMeter
 
 
 def peak_growth(setup: str, *, threads: int, **arguments: Any) -> dict:
@@ -63,35 +61,6 @@ def measure(step: Any) -> dict:
     return {"extra_bytes": max(0, grown - size), "result_bytes": size, "method": meter.method}
 
 
-def attention_step(
-    implementation: str,
-    shape: dict,
-    frames: int,
-    dtype: str = "float32",
-    gate: str = "none",
-    backward: bool = False,
-    backend: str = "auto",
-) -> Any:
-    """The setup for attention: ``implementation`` is a builder of :mod:`.peers`, ``shape`` a registry row as a dict."""
-    from .. import inputs as cases
-    from .. import peers
-    from ..registry import AttentionShape
-
-    inputs = cases.make_inputs(
-        AttentionShape(**shape), frames, dtype=getattr(torch, dtype), gate=gate, requires_grad=backward
-    )
-    build = getattr(peers, implementation)
-    if implementation == "gate4d_forward":
-
-        def build(x: cases.Inputs, forward: Any = build) -> Any:
-            return forward(x, backend=backend)
-
-    if not backward:
-        step = build(inputs)
-        return lambda: torch.no_grad()(step)()
-    return peers.with_backward(build, inputs, torch.randn_like(inputs.q))
-
-
 def _settle() -> None:
     """Start torch's threads and its autograd engine: none of it belongs to the call."""
     with torch.enable_grad():
@@ -102,8 +71,7 @@ def _settle() -> None:
 def _main(request: str) -> None:
     wanted = json.loads(request)
     torch.set_num_threads(wanted["threads"])
-    module, function = wanted["setup"].split(":")
-    step = getattr(importlib.import_module(module), function)(**wanted["arguments"])
+    step = load(wanted["setup"])(**wanted["arguments"])
     print(json.dumps(measure(step)))
 
 

@@ -24,19 +24,22 @@ import json
 import math
 import os
 import signal
-import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
+from torch import Tensor
 
+from .ratio import faster_half, separate
+from .resident import available_memory
 from .rounds import QUIET, QUIET_ROUNDS
 
 Outputs = Mapping[str, np.ndarray]
+Run = Callable[[int], Iterable[Tensor]]  # frames to outputs, part by part: see Contestant
 Progress = Callable[[float, str], None]  # the share that is done, and of what
 FIRST_RUNS, WARM_UPS = 0.3, 0.1  # of the progress: about their shares of the time
 
@@ -60,7 +63,7 @@ class Contestant:
 
 
 @dataclass(frozen=True)
-class Settings:
+class Limits:
     """What is allowed.
 
     Attributes:
@@ -101,8 +104,8 @@ class Point:
 
     @property
     def seconds(self) -> float:
-        """Mean of the faster half of the rounds: what others do to the machine adds time and never takes any."""
-        return _faster_half(self.times)
+        """Those that count for a ratio: see :func:`.ratio.separate`."""
+        return faster_half(self.times)
 
     @property
     def runs(self) -> int:
@@ -112,7 +115,7 @@ class Point:
     @property
     def latency(self) -> float:
         """Seconds of the last frame, taken in the same way."""
-        return _faster_half(self.latencies) if self.latencies else self.seconds / self.frames
+        return faster_half(self.latencies) if self.latencies else self.seconds / self.frames
 
     @property
     def fps(self) -> float:
@@ -170,11 +173,9 @@ class Study:
         return next(c for c in self.curves if c.name == name)
 
     def ratio(self, of: str, to: str, frames: int) -> float | None:
-        """``of``'s time / ``to``'s; None where one of them has no point."""
+        """``of``'s time / ``to``'s by the rule for separate processes; None where one of them has no point."""
         a, b = self.curve(of).at(frames), self.curve(to).at(frames)
-        if a is None or b is None:
-            return None
-        return a.seconds / b.seconds
+        return None if a is None or b is None else separate(a.times, b.times)
 
 
 class WorkerDied(RuntimeError):
@@ -182,13 +183,13 @@ class WorkerDied(RuntimeError):
 
 
 class Worker:
-    """A fresh process with one contestant; see :mod:`.study_worker` for what it answers."""
+    """A fresh process with one contestant; see :mod:`.worker` for what it answers."""
 
-    def __init__(self, contestant: Contestant, settings: Settings, folder: Path):
+    def __init__(self, contestant: Contestant, limits: Limits, folder: Path):
         self.name = contestant.name
         self.limited = True  # whether the process itself keeps to the memory limit; its first answer says
         file = folder / "".join(c for c in contestant.name if c.isalnum())
-        config = {"setup": contestant.setup, "arguments": contestant.arguments, "threads": settings.threads}
+        config = {"setup": contestant.setup, "arguments": contestant.arguments, "threads": limits.threads}
         file.with_suffix(".json").write_text(json.dumps(config))
         self._log = file.with_suffix(".log").open("w+")
         self._process = subprocess.Popen(
@@ -229,7 +230,7 @@ class Worker:
 def measure(
     contestants: Sequence[Contestant],
     counts: Sequence[int],
-    settings: Settings,
+    limits: Limits,
     progress: Progress = lambda share, text: None,
     verify: Callable[[int, Outputs], None] = lambda frames, outputs: None,
 ) -> Study:
@@ -248,7 +249,7 @@ def measure(
         workers: list[Worker] = []
         try:
             for contestant in contestants:
-                workers.append(Worker(contestant, settings, folder))
+                workers.append(Worker(contestant, limits, folder))
             for worker in workers:
                 try:
                     ready = worker.answer()
@@ -260,11 +261,11 @@ def measure(
             repeated: list[_Repeated] = []
             for n in counts:
                 outputs: dict[str, np.ndarray] = {}
-                at = _Repeated(n, settings)
+                at = _Repeated(n, limits)
                 for worker, curve in zip(workers, curves, strict=True):
                     progress(FIRST_RUNS * next(firsts) / len(counts) / len(workers), f"{n} frames, {curve.name}")
-                    left = _seconds_left(curve, curves, settings.budget)
-                    reply = _advance(worker, curve, n, settings, left, folder, outputs)
+                    left = _seconds_left(curve, curves, limits.budget)
+                    reply = _advance(worker, curve, n, limits, left, folder, outputs)
                     if reply is not None:
                         at.enter(worker, curve, reply)
                 if outputs:
@@ -273,7 +274,7 @@ def measure(
                     if (difference := _largest_difference(contestants, outputs)) is not None:
                         study.differences[n] = difference
                     repeated.append(at)
-            left = settings.budget - sum(c.spent for c in curves)
+            left = limits.budget - sum(c.spent for c in curves)
             study.together = _repeat(repeated, left, available_memory(), progress)
         finally:
             for worker in workers:
@@ -285,7 +286,7 @@ def _advance(
     worker: Worker,
     curve: Curve,
     frames: int,
-    settings: Settings,
+    limits: Limits,
     left: float,
     folder: Path,
     outputs: dict[str, np.ndarray],
@@ -299,16 +300,16 @@ def _advance(
         curve.stop(frames, "time", f"before {frames} frames: {expected}")
         return None
     peak = extrapolate([(p.frames, p.peak_bytes) for p in curve.points], frames)
-    limit = f"limit {settings.max_bytes / 2**30:.3g} GiB"
-    if not worker.limited and peak > settings.max_bytes:
+    limit = f"limit {limits.max_bytes / 2**30:.3g} GiB"
+    if not worker.limited and peak > limits.max_bytes:
         curve.stop(frames, "memory", f"before {frames} frames: about {peak / 2**30:.1f} GiB expected, {limit}")
         return None
     save = folder / "out.npy"
-    reply = _ask(worker, curve, frames, {"frames": frames, "max_bytes": settings.max_bytes, "save": str(save)})
+    reply = _ask(worker, curve, frames, {"frames": frames, "max_bytes": limits.max_bytes, "save": str(save)})
     if "died" in reply:
         curve.stop(frames, "memory", f"at {frames} frames: {reply['died']}")
         return None
-    if "out_of_memory" in reply or reply["peak_bytes"] > settings.max_bytes:
+    if "out_of_memory" in reply or reply["peak_bytes"] > limits.max_bytes:
         curve.stop(frames, "memory", f"at {frames} frames: out of memory, {limit}")
         curve.spent += reply.get("seconds", 0.0)
         return None
@@ -333,8 +334,8 @@ def _ask(worker: Worker, curve: Curve, frames: int, request: dict) -> dict:
 class _Repeated:
     """A frame count, those who ran it, and its rounds."""
 
-    def __init__(self, frames: int, settings: Settings):
-        self.frames, self.settings = frames, settings
+    def __init__(self, frames: int, limits: Limits):
+        self.frames, self.limits = frames, limits
         self.running: list[tuple[Worker, Curve]] = []
         self.first: dict[str, dict] = {}
         self.warm: dict[str, dict] = {}  # the first run, then the warm-up round
@@ -347,7 +348,7 @@ class _Repeated:
 
     def calls(self, name: str) -> int:
         """Of a contestant, in a round."""
-        return max(1, math.ceil(self.settings.sample_seconds / max(1e-9, self.warm[name]["seconds"])))
+        return max(1, math.ceil(self.limits.sample_seconds / max(1e-9, self.warm[name]["seconds"])))
 
     @property
     def seconds(self) -> float:
@@ -361,7 +362,7 @@ class _Repeated:
 
     def wanted(self, left: float) -> int:
         """How many rounds, with ``left`` seconds of the budget."""
-        s, affordable = self.settings, int(left / self.seconds)
+        s, affordable = self.limits, int(left / self.seconds)
         short = int(s.repeat_seconds * len(self.running) / self.seconds)
         return min(s.max_rounds, max(short, min(s.min_rounds, affordable)))
 
@@ -449,10 +450,6 @@ def _repeat(repeated: Sequence[_Repeated], left: float, available: int, progress
     return together
 
 
-def _faster_half(seconds: Sequence[float]) -> float:
-    return statistics.fmean(sorted(seconds)[: (len(seconds) + 1) // 2])
-
-
 def _quiet(replies: Mapping[str, dict]) -> bool:
     """Whether no contestant had to wait for other processes in this round, as far as the system tells."""
     return all(r["wait"] is None or r["wait"] < QUIET for r in replies.values())
@@ -495,23 +492,3 @@ def frame_counts(frames: int) -> list[int]:
     """2, 4, 6, 8, 12, 16, 24, 32, ... up to ``frames``, which is the last."""
     steps = [2, 4, 6] + [b for k in range(3, 20) for b in (2**k, 3 * 2 ** (k - 1))]
     return [n for n in steps if n < frames] + [frames]
-
-
-def available_memory() -> int:
-    """Bytes that a process can still take here: the system's figure, or the container's limit if that is less."""
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        available = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
-    except (OSError, StopIteration):
-        try:
-            available = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
-        except (ValueError, OSError):
-            return 4 << 30
-    group = Path("/sys/fs/cgroup")
-    try:
-        stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
-        used = int((group / "memory.current").read_text()) - int(stat["inactive_file"])  # that cache can be dropped
-        limit = int((group / "memory.max").read_text())
-    except (OSError, ValueError, KeyError):  # no control group, or "max"
-        return available
-    return max(0, min(available, limit - used))

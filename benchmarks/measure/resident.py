@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -85,6 +86,31 @@ class GrowthLimit:
         if self.possible:
             limits = [x for x in (self._base + max_bytes, *self._before) if x != resource.RLIM_INFINITY]
             resource.setrlimit(resource.RLIMIT_DATA, (min(limits), self._before[1]))
+
+    def lift(self) -> None:
+        """Allow again what was allowed before."""
+        if self.possible:
+            resource.setrlimit(resource.RLIMIT_DATA, self._before)
+
+
+def available_memory() -> int:
+    """Bytes that a process can still take here: the system's figure, or the container's limit if that is less."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        available = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
+    except (OSError, StopIteration):
+        try:
+            available = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+        except (ValueError, OSError):
+            return 4 << 30
+    group = Path("/sys/fs/cgroup")
+    try:
+        stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+        used = int((group / "memory.current").read_text()) - int(stat["inactive_file"])  # that cache can be dropped
+        limit = int((group / "memory.max").read_text())
+    except (OSError, ValueError, KeyError):  # no control group, or "max"
+        return available
+    return max(0, min(available, limit - used))
 
 
 def keep_freed_memory(keep: bool) -> None:

@@ -1,7 +1,7 @@
 """Side-by-side timing: the variants take turns in one process, so that whatever disturbs one disturbs all.
 
-Ratios are taken within a round and their median is reported: a slow drift of the clock frequency or of the load
-cancels. Every second round runs in reverse order, so that no variant always follows the same one.
+Ratios are paired (see :mod:`.ratio`). Every second round runs in reverse order, so that no variant always follows the
+same one.
 
 Load by other processes does not cancel: work that is split evenly among threads waits for the slowest of them, work
 that is handed out piece by piece does not. Each round therefore records how long this process's threads stood in the
@@ -24,18 +24,13 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
+
+from .ratio import Ratio, paired, paired_difference
 
 WARM_UP_ROUNDS = 2
 QUIET = 0.05  # share of its threads' time that a round may wait for other processes
 QUIET_ROUNDS = 3  # fewer undisturbed rounds than these say too little
-
-
-class Ratio(NamedTuple):
-    """Median of the pairwise ratios and half of their interquartile range."""
-
-    median: float
-    spread: float
 
 
 @dataclass(frozen=True)
@@ -74,11 +69,11 @@ class Comparison:
 
     def ratio(self, of: str, to: str) -> Ratio:
         """``of / to``, round by round."""
-        return summary([a / b for a, b in zip(self.used(of), self.used(to), strict=True)])
+        return paired(self.used(of), self.used(to))
 
     def difference(self, of: str, to: str) -> Ratio:
         """``of - to`` in seconds, round by round."""
-        return summary([a - b for a, b in zip(self.used(of), self.used(to), strict=True)])
+        return paired_difference(self.used(of), self.used(to))
 
     def warnings(self) -> list[str]:
         """What makes these figures less trustworthy."""
@@ -164,13 +159,6 @@ def _sample(step: Callable[[], Any], calls: int) -> float:
     for _ in range(calls):
         step()  # the result is dropped at once: memory is taken and given back within the call's own time
     return (time.perf_counter() - begin) / calls
-
-
-def summary(values: list[float]) -> Ratio:
-    if len(values) == 1:
-        return Ratio(values[0], 0.0)
-    low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
-    return Ratio(middle, (high - low) / 2)
 
 
 def _drift(times: list[float]) -> float:

@@ -1,6 +1,6 @@
-"""One contestant of a :mod:`.study` in a process of its own, so that its peak memory is its own.
+"""One contestant of :mod:`.processes` in a process of its own, so that its peak memory is its own.
 
-``python -m gate4d.benchmarks.study_worker CONFIG`` makes the setup, runs two frames as warm-up, prints a JSON line,
+``python -m gate4d.benchmarks.measure.worker CONFIG`` makes the setup, runs two frames as warm-up, prints a JSON line,
 then answers every JSON request line on stdin with one JSON line on stdout. Memory is the growth of the resident set
 in a request (see :mod:`.resident`): whatever it touches counts, kernels' own scratch memory included; the loaded model
 and its inputs do not.
@@ -8,21 +8,20 @@ and its inputs do not.
 
 from __future__ import annotations
 
-import importlib
 import json
 import sys
 import time
-from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from .load import load
+from .processes import Run
 from .resident import GrowthLimit, ResidentMeter, is_out_of_memory, keep_freed_memory, trim_heap
 from .rounds import waited
 
-Run = Callable[[int], Iterable[Tensor]]
 WARM_UP_FRAMES = 2
 
 
@@ -58,12 +57,6 @@ def main(config: dict) -> None:
             if not (first or request["together"]):
                 trim_heap()
             _say(reply)
-
-
-def load(setup: str) -> Callable[..., Run]:
-    """The function named ``"module:function"``."""
-    module, function = setup.split(":")
-    return getattr(importlib.import_module(module), function)
 
 
 def _first(run: Run, meter: ResidentMeter, frames: int, save: str) -> dict:

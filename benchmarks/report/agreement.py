@@ -10,6 +10,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from gate4d.terminal import table
+
 from ..measure.resident import MIB
 from ..measure.rounds import QUIET
 
@@ -28,7 +30,7 @@ class Figure:
 
 def figures(result: dict) -> dict[str, Figure]:
     """Every ratio of a results file of targets, systems or sequences, by name."""
-    found = _sequences(result) if "backbones" in result else _rows(result)
+    found = _sequences(result) if result["kind"] == "sequences" else _rows(result)
     return {f.name: f for f in found}
 
 
@@ -69,10 +71,10 @@ def compare(now: dict, before: dict, tolerance: float = TOLERANCE) -> tuple[list
         ValueError: the files have no ratio in common.
     """
     new, old = figures(now), figures(before)
-    both = sorted(new.keys() & old.keys(), key=lambda name: -difference(new[name], old[name]))
+    both = sorted(new.keys() & old.keys(), key=lambda name: (-difference(new[name], old[name]), name))
     if not both:
         raise ValueError("the two results files have no ratio in common: are they of the same command?")
-    lines = [
+    rows: list = [
         f"note: {what} differs: {a} and {b}"
         for what, a, b in (
             ("the processor", now["hardware"]["processor"], before["hardware"]["processor"]),
@@ -82,17 +84,17 @@ def compare(now: dict, before: dict, tolerance: float = TOLERANCE) -> tuple[list
         if a != b
     ]
     apart = [name for name in both if difference(new[name], old[name]) > tolerance]
-    lines.append(f"{'ratio':<54}{'now':>8}{'before':>9}{'apart':>9}")
+    rows.append(("ratio", "now", "before", "apart"))
     for name in apart or both[:3]:
         a, b = new[name], old[name]
         mark = " (disturbed)" if a.disturbed or b.disturbed else ""
         shown = name[: 53 - len(mark)] + mark
-        lines.append(f"{shown:<54}{a.ratio:>8.3f}{b.ratio:>9.3f}{difference(a, b):>9.1%}")
+        rows.append((shown, f"{a.ratio:.3f}", f"{b.ratio:.3f}", f"{difference(a, b):.1%}"))
     disturbed = sum(new[name].disturbed or old[name].disturbed for name in both)
-    lines.append(
+    rows.append(
         f"{len(both)} ratios, {len(apart)} apart by more than {tolerance:.0%}, "
         f"the worst by {difference(new[both[0]], old[both[0]]):.1%}; {disturbed} disturbed"
     )
     if alone := sorted(new.keys() ^ old.keys()):
-        lines.append(f"only in one: {', '.join(alone)}"[:80])
-    return lines, not apart
+        rows.append(f"only in one: {', '.join(alone)}"[:80])
+    return table("<54 >8 >9 >9", rows), not apart

@@ -1,87 +1,17 @@
-"""Results as JSON, as an 80-column table and as Markdown; the surroundings they were measured in."""
+"""Measured rows for people: an 80-column table, Markdown, and documents whose marked parts are replaced."""
 
 from __future__ import annotations
 
-import datetime
-import json
-import os
-import platform
-import sys
-from collections.abc import Callable
-from importlib import metadata
+import textwrap
 from pathlib import Path
 
-import torch
+from gate4d.terminal import markdown_table, wrapped
+from gate4d.terminal import table as lines_of
 
-import gate4d
-from gate4d.cli.info import processor
-from gate4d.kernels.attention.backends import explain, select
-from gate4d.kernels.attention.op import Request
+from ..measure.resident import MIB
+from .results import KINDS
 
-from ..measure.memory import MIB
-from ..rows.target import Row, Settings
-
-SCHEMA = 1
-KINDS = {  # kind of a results file: the command of its marker
-    "targets": "bench",
-    "systems": "bench systems",
-    "sequences": "bench sequences",
-}
-
-
-def surroundings(settings: Settings, command: list[str]) -> dict:
-    """Hardware, versions, threads and command, for the JSON file."""
-    request = Request("cpu", torch.float32, 64, 64, gate="pairwise")
-    return {
-        "schema": SCHEMA,
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "command": " ".join(command),
-        "effort": settings.effort.name,
-        "threads": settings.threads,
-        "backend": select(settings.backend, request).name,
-        "backends": explain(request).splitlines(),
-        "hardware": {
-            "processor": processor(),
-            "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-            "capability": torch.backends.cpu.get_cpu_capability(),
-            "memory_bytes": _memory_bytes(),
-        },
-        "versions": {
-            "gate4d": gate4d.__version__,
-            "torch": torch.__version__,
-            "python": platform.python_version(),
-            "system": platform.platform(),
-            "rich": _version("rich"),
-        },
-        "environment": {
-            name: value for name, value in os.environ.items() if name.startswith(("OMP_", "KMP_", "MKL_", "GATE4D_"))
-        },
-    }
-
-
-def to_json(about: dict, rows: list[Row]) -> str:
-    """The results file."""
-    return json.dumps({**about, "rows": [row.as_dict() for row in rows]}, indent=1) + "\n"
-
-
-def load(path: Path) -> dict:
-    """Read a results file of ``gate4d bench``; errors as :func:`read`."""
-    return read(path, "gate4d bench", SCHEMA, lambda result: bool({"rows", "backbones"} & set(result)))
-
-
-def read(path: Path, command: str, schema: int, fits: Callable[[dict], bool]) -> dict:
-    """Read a results file of a command, of which ``fits`` must be true.
-
-    Raises:
-        ValueError: it is not one, or one of another schema.
-    """
-    try:
-        result = json.loads(path.read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError) as e:
-        raise ValueError(f"{path} is not a results file of `{command} --json`: {e}.") from None
-    if not isinstance(result, dict) or result.get("schema") != schema or not fits(result):
-        raise ValueError(f"{path} is not a results file of `{command} --json` with schema {schema}.")
-    return result
+_COLUMNS = "<4 <37 >11 >7 >13 >8"
 
 
 def verdict(row: dict) -> str:
@@ -125,6 +55,21 @@ def details(row: dict) -> list[str]:
     return lines
 
 
+def table(result: dict) -> list[str]:
+    """The lines of the table of rows, at most 80 characters each."""
+    rows: list = ["", ("#", "what", "measured", "+-", "target", "result"), None]
+    for row in result["rows"]:
+        spread = "" if row["spread"] is None else f"{row['spread']:.{1 if row['unit'] else 3}f}"
+        limit = "" if row["target"] is None else f"<= {figure(row['target'], row['unit'])}"
+        what, measured = textwrap.shorten(row["what"], 36, placeholder=".."), figure(row["ratio"], row["unit"])
+        rows.append((row["id"], what, measured, spread, limit, verdict(row)))
+        rows += [line for detail in details(row) for line in wrapped(detail, " " * 6, " " * 8)]
+    verdicts = [verdict(row) for row in result["rows"]]
+    counts = ", ".join(f"{verdicts.count(v)} {v}" for v in ("pass", "MISS", "FAILED") if v in verdicts)
+    without = "no targets to meet" if result["rows"] else "nothing was measured"
+    return lines_of(_COLUMNS, [*rows, None, counts or without])
+
+
 def heading(result: dict) -> list[str]:
     """Where and how it was measured."""
     hardware, versions = result["hardware"], result["versions"]
@@ -135,63 +80,33 @@ def heading(result: dict) -> list[str]:
         f"Python {versions['python']}, {result['date'][:10]}",
         f"command: {result['command']}",
     ]
-    if result["effort"] != "full" and kind(result) != "sequences":
+    if result["effort"] != "full" and result["kind"] != "sequences":
         lines.append(f"effort {result['effort']}: fewer heads, repetitions, lengths and frames")
     return lines
 
 
-def kind(result: dict) -> str:
-    """Which part of a document a results file belongs into, a key of :data:`KINDS`."""
-    if "backbones" in result:
-        return "sequences"
-    return "systems" if any(row["id"].startswith("S") for row in result.get("rows", ())) else "targets"
-
-
 def markdown(result: dict) -> str:
-    """The results as Markdown, for the documents."""
-    if kind(result) == "sequences":
-        from ..sequences import backbone_curves as sequences
-
-        return sequences.markdown(result, heading(result))
-    lines = [*(f"- {line}" for line in heading(result)), "", "| # | what | measured | target | result | details |"]
-    lines.append("|---|---|---|---|---|---|")
+    """The rows as Markdown, for the documents."""
+    rows = []
     for row in result["rows"]:
         spread = f" ± {figure(row['spread'], '')}" if row["spread"] is not None and not row["unit"] else ""
         limit = "" if row["target"] is None else f"<= {figure(row['target'], row['unit'])}"
         measured = figure(row["ratio"], row["unit"]) + spread
-        cells = (row["id"], row["what"], measured, limit, verdict(row), "; ".join(details(row)))
-        lines.append("| " + " | ".join(cell.replace("|", "/") for cell in cells) + " |")
-    return "\n".join(lines) + "\n"
+        rows.append((row["id"], row["what"], measured, limit, verdict(row), "; ".join(details(row))))
+    head = ("#", "what", "measured", "target", "result", "details")
+    return "\n".join([*(f"- {line}" for line in heading(result)), "", *markdown_table(head, rows)]) + "\n"
 
 
-def write_into(document: Path, text: str, command: str = "bench") -> None:
-    """Replace what stands between the two marker lines of ``document`` that name the command.
+def write_into(document: Path, text: str, kind: str) -> None:
+    """Replace what stands between the two marker lines of ``document`` that name the command of a kind.
 
     Raises:
         ValueError: the markers are not there.
     """
+    command = KINDS[kind].command
     first, last = f"<!-- begin: gate4d {command} -->", f"<!-- end: gate4d {command} -->"
     before, begin, rest = document.read_text().partition(first)
     _, end, after = rest.partition(last)
     if not begin or not end:
         raise ValueError(f"{document} must have the lines {first!r} and {last!r} around the table.")
     document.write_text(f"{before}{first}\n{text}{last}{after}")
-
-
-def command_line() -> list[str]:
-    """The command as a user types it."""
-    return ["gate4d", *sys.argv[1:]]
-
-
-def _memory_bytes() -> int | None:
-    try:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (ValueError, OSError, AttributeError):
-        return None
-
-
-def _version(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None

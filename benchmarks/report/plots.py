@@ -1,4 +1,4 @@
-"""Pictures of a :mod:`.study`: speed, latency and memory against the number of frames."""
+"""Pictures of a :class:`.processes.Study`: speed, latency and memory against the number of frames."""
 
 from __future__ import annotations
 

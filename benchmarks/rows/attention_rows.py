@@ -6,7 +6,6 @@ better. Forward passes run without autograd. Every variant's result is checked b
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from functools import partial
@@ -14,85 +13,15 @@ from functools import partial
 import torch
 
 from .. import peers
-from ..check import Expected, expected_backward, expected_forward
+from ..check import expected_backward, expected_forward
 from ..inputs import Inputs, make_inputs
 from ..measure import memory
-from ..measure.rounds import Comparison, compare
+from ..measure.resident import MIB
 from ..registry import AttentionShape
-from .target import Row, Settings, one_line, target
+from .contest import Contest
+from .target import Conditions, TargetRow, one_line, target
 
 _STATS = ("entropy", "max_prob", "sum_sq")
-
-
-class Contest:
-    """Variants of one row: built, checked against their expected results, then timed in turns."""
-
-    def __init__(self, settings: Settings, title: str):
-        self.settings = settings
-        self.title = title
-        self.steps: dict[str, peers.Step] = {}
-        self.failed: dict[str, str] = {}
-        self.prepared: dict[str, tuple[float, float]] = {}  # seconds of building a variant and of its first call
-
-    def enter(
-        self,
-        name: str,
-        build: Callable[[], peers.Step],
-        expected: Expected,
-        *,
-        peer: bool = False,
-        optional: bool = False,
-    ) -> float:
-        """Add a variant; returns the seconds that building it and its first call took.
-
-        A wrong result always raises. Any other failure of an ``optional`` peer, one that runs out of memory, is kept
-        for the row's ``peers``.
-        """
-        self.settings.report(f"{self.title}: checking {name}")
-        begin = time.perf_counter()
-        try:
-            step = build()
-            built = time.perf_counter()
-            results = step()
-        except Exception as e:
-            if not optional:
-                raise
-            self.failed[name] = f"failed, {one_line(e)}"
-            return 0.0
-        end = time.perf_counter()
-        expected.verify(name, results, peer=peer or optional)
-        self.steps[name] = step
-        self.prepared[name] = built - begin, end - built
-        return end - begin
-
-    def run(self, calls: int = 1) -> Comparison:
-        """Time all that were entered."""
-        effort = self.settings.effort
-        return compare(
-            self.steps,
-            seconds=effort.seconds,
-            threads=self.settings.threads,
-            min_rounds=effort.min_rounds,
-            max_rounds=effort.max_rounds,
-            calls=calls,
-            sample_seconds=effort.sample_seconds,
-            on_round=lambda n: self.settings.report(f"{self.title}: round {n}"),
-        )
-
-    def row(
-        self, timed: Comparison, id: str, what: str, of: str, to: str, limit: float, note: str, *versus: str
-    ) -> Row:
-        """The row ``of / to``; ``versus`` names further peers that ``of`` is compared with."""
-        shown = [name for name in (of, to, *versus) if name in self.steps]
-        timed = timed.only(*shown)
-        ratio = timed.ratio(of, to)
-        others = {name: timed.ratio(of, name).median for name in shown[2:]}
-        others |= {name: self.failed[name] for name in versus if name in self.failed}
-        notes = [note, *timed.warnings()]
-        return Row(
-            id, what, ratio.median, limit, medians=timed.medians(), times=timed.times, waits=timed.waits,
-            spread=ratio.spread, peers=others, note="; ".join(notes),
-        )  # fmt: skip
 
 
 def _size(x: Inputs) -> str:
@@ -101,11 +30,11 @@ def _size(x: Inputs) -> str:
     return f"{'' if batch == 1 else f'B = {batch}, '}H = {heads}, N = {queries}{keys}, D = {dim}"
 
 
-def _ours(s: Settings, x: Inputs, **options) -> Callable[[], peers.Step]:
+def _ours(s: Conditions, x: Inputs, **options) -> Callable[[], peers.Step]:
     return partial(peers.gate4d_forward, x, backend=s.backend, **options)
 
 
-def _forward_against_sdpa(s: Settings, id: str, dtype: torch.dtype, limit: float) -> list[Row]:
+def _forward_against_sdpa(s: Conditions, id: str, dtype: torch.dtype, limit: float) -> list[TargetRow]:
     x = make_inputs(s.shape("vggt.global"), 4, dtype=dtype, gate="pairwise")
     name = str(dtype).removeprefix("torch.")
     gated = expected_forward(x)
@@ -120,21 +49,21 @@ def _forward_against_sdpa(s: Settings, id: str, dtype: torch.dtype, limit: float
 
 @target("C1", "gated forward float32 / SDPA")
 @torch.no_grad()
-def gated_forward_fp32(s: Settings) -> list[Row]:
+def gated_forward_fp32(s: Conditions) -> list[TargetRow]:
     """Four VGGT frames, pairwise gate, against un-gated SDPA."""
     return _forward_against_sdpa(s, "C1", torch.float32, 0.85)
 
 
 @target("C2", "gated forward bfloat16 / SDPA")
 @torch.no_grad()
-def gated_forward_bf16(s: Settings) -> list[Row]:
+def gated_forward_bf16(s: Conditions) -> list[TargetRow]:
     """The same in bfloat16, against SDPA in bfloat16."""
     return _forward_against_sdpa(s, "C2", torch.bfloat16, 0.55)
 
 
 @target("C3", "gated forward float32 / compiled FlexAttention")
 @torch.no_grad()
-def gated_forward_flex(s: Settings) -> list[Row]:
+def gated_forward_flex(s: Conditions) -> list[TargetRow]:
     """The same bias in compiled FlexAttention; its compilation is timed apart."""
     x = make_inputs(s.shape("vggt.global"), 4, gate="pairwise")
     gated = expected_forward(x)
@@ -149,7 +78,7 @@ def gated_forward_flex(s: Settings) -> list[Row]:
 
 
 @target("C4", "forward + backward with gate gradients / SDPA's")
-def forward_backward(s: Settings) -> list[Row]:
+def forward_backward(s: Conditions) -> list[TargetRow]:
     """Gradients for q, k, v and the motion scores, against SDPA's forward and backward without any gate."""
     x = make_inputs(s.shape("vggt.global"), 4, gate="pairwise", requires_grad=True)
     grad_out = torch.randn(x.q.shape, generator=torch.Generator().manual_seed(2))
@@ -164,7 +93,7 @@ def forward_backward(s: Settings) -> list[Row]:
 
 @target("C5", "30 % of the keys dropped / no gate")
 @torch.no_grad()
-def dropped_keys(s: Settings) -> list[Row]:
+def dropped_keys(s: Conditions) -> list[TargetRow]:
     """A hard gate must save time in proportion to the keys it drops."""
     x = make_inputs(s.shape("vggt.global"), 4, gate="drop", drop_fraction=0.3)
     expected = expected_forward(x)
@@ -181,7 +110,7 @@ def dropped_keys(s: Settings) -> list[Row]:
 
 @target("C6", "frame-causal over 8 frames / full, and a window of 2")
 @torch.no_grad()
-def frame_causal(s: Settings) -> list[Row]:
+def frame_causal(s: Conditions) -> list[TargetRow]:
     """Tiles that no query sees must cost nothing."""
     shape = s.shape("vggt.global")
     causal = make_inputs(shape, 8, visible="frame_causal")
@@ -199,7 +128,7 @@ def frame_causal(s: Settings) -> list[Row]:
 
 
 @target("C7", "extra memory beyond inputs and outputs, a thread")
-def extra_memory(s: Settings) -> list[Row]:
+def extra_memory(s: Conditions) -> list[TargetRow]:
     """The growth of a fresh process's resident set in one call, at growing N; see :mod:`.memory` for the method."""
     shape, sizes = replace(s.shape("vggt.global"), heads=s.effort.memory_heads), s.effort.memory_tokens
     largest = sizes[-1:]
@@ -217,15 +146,15 @@ def extra_memory(s: Settings) -> list[Row]:
     return lines
 
 
-def _memory_row(s: Settings, what: str, shape: AttentionShape, sizes: tuple[int, ...], **case) -> Row:
+def _memory_row(s: Conditions, what: str, shape: AttentionShape, sizes: tuple[int, ...], **case) -> TargetRow:
     peaks = _peaks(s, shape, sizes, "gate4d_forward", backend=s.backend, **case)
-    worst = max(peaks.values()) / s.threads / memory.MIB
+    worst = max(peaks.values()) / s.threads / MIB
     note = f"H = {shape.heads}, D = {shape.head_dim}; worst of N = {', '.join(map(str, sizes))}; {s.threads} threads"
-    return Row("C7", f"memory, {what}", worst, 16.0, "MiB", peak_memory=peaks, note=note)
+    return TargetRow("C7", f"memory, {what}", worst, 16.0, "MiB", peak_memory=peaks, note=note)
 
 
 def _peaks(
-    s: Settings,
+    s: Conditions,
     shape: AttentionShape,
     sizes: tuple[int, ...],
     implementation: str,
@@ -253,9 +182,28 @@ def _peaks(
     return peaks
 
 
+def attention_step(
+    implementation: str,
+    shape: dict,
+    frames: int,
+    dtype: str = "float32",
+    gate: str = "none",
+    backward: bool = False,
+    backend: str = "auto",
+) -> Callable[[], object]:
+    """The setup for a fresh process: ``implementation`` names a builder of :mod:`.peers`, ``shape`` is its fields."""
+    x = make_inputs(AttentionShape(**shape), frames, dtype=getattr(torch, dtype), gate=gate, requires_grad=backward)
+    build = getattr(peers, implementation)
+    if implementation == "gate4d_forward":
+        build = partial(build, backend=backend)
+    if not backward:
+        return torch.no_grad()(build(x))
+    return peers.with_backward(build, x, torch.randn_like(x.q))
+
+
 @target("C8", "gate on / off, and row statistics on / off")
 @torch.no_grad()
-def gate_and_statistics(s: Settings) -> list[Row]:
+def gate_and_statistics(s: Conditions) -> list[TargetRow]:
     """What the gate and the statistics cost inside the own kernel."""
     x = make_inputs(s.shape("vggt.global"), 4, gate="pairwise")
     contest = Contest(s, "C8")
@@ -274,7 +222,7 @@ def gate_and_statistics(s: Settings) -> list[Row]:
 
 @target("C12", "overhead of a call at N = 64 against SDPA")
 @torch.no_grad()
-def call_overhead(s: Settings) -> list[Row]:
+def call_overhead(s: Conditions) -> list[TargetRow]:
     """Microseconds a call beyond SDPA's; the gate object is built once."""
     calls = 1000 if s.effort.seconds else 1
     rows = []

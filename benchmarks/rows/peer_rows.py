@@ -6,19 +6,22 @@ from functools import partial
 
 import torch
 
+from gate4d.terminal import table as lines_of
+from gate4d.terminal import wrapped
+
 from .. import peers
 from ..check import expected_backward, expected_forward
 from ..inputs import make_inputs
 from ..registry import OPERATIONS, SHAPES, Operation, operation
 from ..registry import shape as shape_of
 from ..report.documents import duration
-from .attention_rows import Contest
-from .target import Row, Settings
+from .contest import Contest
+from .target import Conditions, TargetRow
 
 
 def measure(
-    name: str, settings: Settings, *, shape: str | None = None, frames: int | None = None, dtype: str = "float32"
-) -> tuple[Row, dict[str, dict]]:
+    name: str, conditions: Conditions, *, shape: str | None = None, frames: int | None = None, dtype: str = "float32"
+) -> tuple[TargetRow, dict[str, dict]]:
     """gate4d and every peer that can run, checked, then timed in turns.
 
     Returns:
@@ -34,17 +37,17 @@ def measure(
         raise ValueError(
             f"operation {name!r} is no attention call: measure it with `gate4d bench --only {op.targets[0]}`."
         )
-    chosen, count = settings.shape(shape_of(shape or op.shape).name), frames or op.frames
+    chosen, count = conditions.shape(shape_of(shape or op.shape).name), frames or op.frames
     if op.visible != "full" and chosen.growth != "tokens":
         raise ValueError(f"operation {name!r} needs a shape whose tokens grow with the frames, got {chosen.name!r}.")
     if op.gate == "pairwise" and chosen.sizes(count)[1] != chosen.sizes(count)[2]:
         raise ValueError(f"operation {name!r} needs as many queries as keys, got {chosen.name!r}: try 'keys'.")
-    contest, gate = Contest(settings, name), op.gate
+    contest, gate = Contest(conditions, name), op.gate
     x = make_inputs(
         chosen, count, dtype=getattr(torch, dtype), gate=gate, visible=op.visible, window=op.window,
         requires_grad=op.backward,
     )  # fmt: skip
-    ours = partial(peers.gate4d_forward, backend=settings.backend)
+    ours = partial(peers.gate4d_forward, backend=conditions.backend)
     if op.backward:
         grad_out = torch.randn(x.q.shape, generator=torch.Generator().manual_seed(2)).to(x.q.dtype)
         expected = expected_backward(x, grad_out)
@@ -65,7 +68,7 @@ def measure(
     )
     others = {n: timed.ratio("gate4d", n).median for n in contest.steps if n != "gate4d"} | contest.failed
     what = f"{op.what}, gate4d's time / a peer's"
-    row = Row(name, what, medians=timed.medians(), times=timed.times, waits=timed.waits, peers=others,
+    row = TargetRow(name, what, medians=timed.medians(), times=timed.times, waits=timed.waits, peers=others,
               note="; ".join([note, *timed.warnings()]))  # fmt: skip
     costs = {}
     for n, (prepare, first) in contest.prepared.items():
@@ -79,17 +82,19 @@ def runnable(op: Operation) -> list[peers.Peer]:
     return [p for p in peers.PEERS.values() if not p.reasons(op.name)]
 
 
-def table(row: Row, costs: dict[str, dict]) -> list[str]:
+def table(row: TargetRow, costs: dict[str, dict]) -> list[str]:
     """Lines of at most 80 columns."""
-    lines = [row.what, row.note, f"{'':<18}{'call':>11}{'gate4d / it':>14}{'prepare':>12}{'first call +':>15}"]
+    head = ("", "call", "gate4d / it", "prepare", "first call +")
+    rows: list = [*wrapped(row.what), *wrapped(row.note), head]
     for name, cost in sorted(costs.items(), key=lambda item: item[1]["call"]):
         ratio = "" if name == "gate4d" else f"{row.peers[name]:.3f}"
-        prepare, compiled = duration(cost["prepare"]), duration(cost["compile"])
-        lines.append(f"{name:<18}{duration(cost['call']):>11}{ratio:>14}{prepare:>12}{compiled:>15}")
-    lines += [f"{name}: {said}" for name, said in row.peers.items() if isinstance(said, str)]
-    lines.append("prepare: once, before the calls (a dense bias, a BlockMask); first call +: what the")
-    lines.append("first call took beyond a later one (compilation). Neither is in the times.")
-    return [*lines, "", *missing(row.id)]
+        rows.append((name, duration(cost["call"]), ratio, duration(cost["prepare"]), duration(cost["compile"])))
+    for name, said in row.peers.items():
+        rows += wrapped(f"{name}: {said}") if isinstance(said, str) else []
+    rows.append("prepare: once, before the calls (a dense bias, a BlockMask); first call +: what the")
+    rows.append("first call took beyond a later one (compilation). Neither is in the times.")
+    rows += ["", *(part for line in missing(row.id) for part in wrapped(line))]
+    return lines_of("<18 >11 >14 >12 >15", rows)
 
 
 def missing(name: str) -> list[str]:
@@ -100,14 +105,15 @@ def missing(name: str) -> list[str]:
 
 def listing() -> list[str]:
     """Every operation, shape and peer, with what each peer lacks here."""
-    lines = ["operations (default shape, frames; targets):"]
-    lines += [f"  {o.name:<14}{o.what:<30}{o.shape}, {o.frames}; {', '.join(o.targets)}" for o in OPERATIONS.values()]
-    lines += ["", "shapes (heads x dim, queries x keys):"]
-    lines += [f"  {s.name:<24}{s.heads} x {s.head_dim}, {s.queries} x {s.keys}; {s.growth}" for s in SHAPES.values()]
-    lines += ["", "peers:"]
+    rows: list = ["operations (default shape, frames; targets):"]
+    for o in OPERATIONS.values():
+        rows.append(("", o.name, o.what, f"{o.shape}, {o.frames}; {', '.join(o.targets)}"))
+    rows += ["", "shapes (heads x dim, queries x keys):"]
+    for s in SHAPES.values():
+        rows.append(f"  {s.name:<24}{s.heads} x {s.head_dim}, {s.queries} x {s.keys}; {s.growth}")
+    rows += ["", "peers:"]
     for p in peers.PEERS.values():
         here = [r for r in p.reasons(p.operations[0] if p.operations else "") if r]
-        can = "can run" if not here else "cannot run: " + "; ".join(here)
-        lines.append(f"  {p.name:<17}{can}")
-        lines.append(f"  {'':<17}for {', '.join(p.operations) or 'no operation of this list'}")
-    return lines
+        rows.append(f"  {p.name:<17}" + ("can run" if not here else "cannot run: " + "; ".join(here)))
+        rows.append(f"  {'':<17}for {', '.join(p.operations) or 'no operation of this list'}")
+    return lines_of("<2 <14 <30 <34", rows)

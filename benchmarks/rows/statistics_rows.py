@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from gate4d import GramRecipe, GramSaliency, TokenLayout, gated_attention, received_attention, state_confidence
 
@@ -15,26 +14,27 @@ from .. import peers
 from ..check import Expected
 from ..inputs import make_inputs
 from ..measure import memory
-from .attention_rows import Contest
-from .target import Row, Settings, target
+from ..measure.resident import MIB
+from ..models import DecoderPair
+from ..peers import Step
+from .contest import Contest
+from .target import Conditions, TargetRow, target
 
-Step = Callable[[], tuple[Tensor, ...]]
 
-
-def _peaks(s: Settings, **setups: str) -> dict[str, int | str]:
+def _peaks(s: Conditions, **setups: str) -> dict[str, int | str]:
     """Bytes beyond inputs and results of one call of each setup, in fresh processes."""
     peaks: dict[str, int | str] = {}
     for name, setup in setups.items():
         s.report(f"peak memory of {name}")
         arguments = {"heads": s.effort.heads, "frame_tokens": s.effort.frame_tokens}
-        found = memory.peak_growth(f"gate4d.benchmarks.rows.statistics_rows:{setup}", threads=s.threads, **arguments)
+        found = memory.peak_growth(f"{__name__}:{setup}", threads=s.threads, **arguments)
         peaks[name] = found["extra_bytes"]
     return peaks
 
 
-def _settings(heads: int | None, frame_tokens: int | None) -> Settings:
-    """The part of the settings that a fresh process needs for the same sizes."""
-    plain = Settings()
+def _conditions(heads: int | None, frame_tokens: int | None) -> Conditions:
+    """The part of the conditions that a fresh process needs for the same sizes."""
+    plain = Conditions()
     return replace(plain, effort=replace(plain.effort, heads=heads, frame_tokens=frame_tokens))
 
 
@@ -43,7 +43,7 @@ def _settings(heads: int | None, frame_tokens: int | None) -> Settings:
 
 def received_step(heads: int | None = None, frame_tokens: int | None = None) -> Step:
     """Received attention on four VGGT frames; lse is computed beforehand."""
-    x = make_inputs(_settings(heads, frame_tokens).shape("vggt.global"), 4)
+    x = make_inputs(_conditions(heads, frame_tokens).shape("vggt.global"), 4)
     _, aux = gated_attention(x.q, x.k, x.v, return_aux=True)
 
     def step() -> tuple[Tensor, ...]:
@@ -55,7 +55,7 @@ def received_step(heads: int | None = None, frame_tokens: int | None = None) -> 
 
 @target("C9", "attention received per key / one forward")
 @torch.no_grad()
-def attention_received(s: Settings) -> list[Row]:
+def attention_received(s: Conditions) -> list[TargetRow]:
     """Mean and variance per key of the probabilities, given lse, against one attention forward of the same shape."""
     x = make_inputs(s.shape("vggt.global"), 4)
     q, k = x.q.double(), x.k.double()
@@ -77,8 +77,8 @@ def attention_received(s: Settings) -> list[Row]:
         contest.run(), "C9", "attention received / one forward", "received", "forward", 0.75, note, "SDPA"
     )
     row.peak_memory = _peaks(s, received="received_step")
-    each = row.peak_memory["received"] / s.threads / memory.MIB
-    return [row, Row("C9", "memory, attention received", each, 16.0, "MiB", note=f"{note}; {s.threads} threads")]
+    each = row.peak_memory["received"] / s.threads / MIB
+    return [row, TargetRow("C9", "memory, attention received", each, 16.0, "MiB", note=f"{note}; {s.threads} threads")]
 
 
 # C10
@@ -88,7 +88,7 @@ _FRAMES = 13
 
 def _clip(heads: int | None, frame_tokens: int | None) -> tuple[Tensor, Tensor, TokenLayout]:
     """One layer's q and k of a clip; every layer is fed the same ones, and they are not counted as memory."""
-    shape = _settings(heads, frame_tokens).shape("vggt.global")
+    shape = _conditions(heads, frame_tokens).shape("vggt.global")
     x = make_inputs(shape, _FRAMES)
     return x.q + 0.5, x.k + 0.5, shape.layout(_FRAMES)
 
@@ -128,7 +128,7 @@ def materialised_saliency_step(heads: int | None = None, frame_tokens: int | Non
     return step
 
 
-def _truth(s: Settings) -> tuple[Tensor, ...]:
+def _truth(s: Conditions) -> tuple[Tensor, ...]:
     """The middle frame's maps in float64, one product at a time."""
     q, k, layout = _clip(s.effort.heads, s.effort.frame_tokens)
     q, k = (layout.patch_tokens(x, 2).unflatten(2, (_FRAMES, -1))[0].double() for x in (q, k))
@@ -146,7 +146,7 @@ def _truth(s: Settings) -> tuple[Tensor, ...]:
 
 @target("C10", "VGGT4D saliency online / from materialised maps")
 @torch.no_grad()
-def gram_saliency(s: Settings) -> list[Row]:
+def gram_saliency(s: Conditions) -> list[TargetRow]:
     """The whole clip online, against the products of one frame, times the number of (frame, source frame) pairs."""
     recipe = GramRecipe.vggt4d()
     pairs = sum(0 <= t + w < _FRAMES for t in range(_FRAMES) for w in recipe.window)
@@ -169,7 +169,7 @@ def gram_saliency(s: Settings) -> list[Row]:
     row.peak_memory = peaks
     held = f"{note}; q and k of all blocks, which the maps need at once and the online sums do not, are left out"
     ratio = peaks["online"] / peaks["maps"]
-    return [row, Row("C10", "saliency online / maps, memory", ratio, 0.05, peak_memory=peaks, note=held)]
+    return [row, TargetRow("C10", "saliency online / maps, memory", ratio, 0.05, peak_memory=peaks, note=held)]
 
 
 # C11
@@ -182,48 +182,22 @@ def _depth(heads: int | None) -> int:
     return 12 if heads is None else 1
 
 
-class _DecoderLayer(nn.Module):
-    """One of the two branches of a CUT3R decoder layer: self-attention, cross-attention, MLP, at true width."""
-
-    def __init__(self, heads: int):
-        super().__init__()
-        self.heads = heads
-        self.qkv, self.proj = nn.Linear(_WIDTH, 3 * _WIDTH), nn.Linear(_WIDTH, _WIDTH)
-        self.q, self.kv, self.cross = (
-            nn.Linear(_WIDTH, _WIDTH),
-            nn.Linear(_WIDTH, 2 * _WIDTH),
-            nn.Linear(_WIDTH, _WIDTH),
-        )
-        self.mlp = nn.Sequential(nn.Linear(_WIDTH, 4 * _WIDTH), nn.GELU(), nn.Linear(4 * _WIDTH, _WIDTH))
-        self.norms = nn.ModuleList(nn.LayerNorm(_WIDTH) for _ in range(4))
-
-    def forward(self, x: Tensor, other: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # [1, N, 768], [1, M, 768]
-        """The branch's tokens after the layer, and q and k of its cross-attention."""
-
-        def split(y: Tensor) -> Tensor:
-            return y.unflatten(-1, (self.heads, -1)).transpose(1, 2)
-
-        q, k, v = map(split, self.qkv(self.norms[0](x)).chunk(3, -1))
-        x = x + self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
-        q = split(self.q(self.norms[1](x)))
-        k, v = map(split, self.kv(self.norms[2](other)).chunk(2, -1))
-        x = x + self.cross(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
-        return x + self.mlp(self.norms[3](x)), q, k
-
-
 def _decoder_step(depth: int) -> tuple[Step, list[Tensor], list[Tensor]]:
     """A CUT3R decoder step with random weights, and the state's cross-attention q and k of all its layers."""
-    torch.manual_seed(0)
+    decoder = DecoderPair((12, 16), _WIDTH, depth)
     image, state = torch.randn(1, 577, _WIDTH), torch.randn(1, 768, _WIDTH)
-    layers = [(_DecoderLayer(12), _DecoderLayer(16)) for _ in range(depth)]
 
     @torch.no_grad()
     def step() -> tuple[Tensor, ...]:
-        x, z, qs, ks = image, state, [], []
-        for image_layer, state_layer in layers:
-            (x, _, _), (z, q, k) = image_layer(x, z), state_layer(z, x)
-            qs.append(q)
-            ks.append(k)
+        features: list[tuple[Tensor, Tensor]] = []
+
+        def attend(branch: int, layer: int, kind: str, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            if (branch, kind) == (1, "cross"):
+                features.append((q, k))
+            return F.scaled_dot_product_attention(q, k, v)
+
+        x, z = decoder(image, state, attend)
+        qs, ks = zip(*features, strict=True)
         return x, z, *qs, *ks
 
     _, _, *features = step()
@@ -250,7 +224,7 @@ def materialised_confidence_step(heads: int | None = None, frame_tokens: int | N
 
 @target("C11", "TTT3R state update cue / decoder step")
 @torch.no_grad()
-def state_update_cue(s: Settings) -> list[Row]:
+def state_update_cue(s: Conditions) -> list[TargetRow]:
     """The closed-form cue against a decoder step of CUT3R's size: 577 image and 768 state tokens, 12 + 12 layers."""
     depth = _depth(s.effort.heads)
     decoder, q, k = _decoder_step(depth)

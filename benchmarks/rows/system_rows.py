@@ -8,7 +8,6 @@ authors' way in float64 before it is timed; memory is measured in a fresh proces
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -27,13 +26,13 @@ from gate4d.statistics.logits import mean_logits
 
 from ..check import Expected
 from ..measure import memory
-from ..models import SPECIAL, Attend, Attention, Decoder, Vggt
-from .attention_rows import Contest
-from .target import Row, Settings, target
+from ..measure.resident import MIB
+from ..models import SPECIAL_TOKENS, DecoderAttend, DecoderPair, Vggt, VggtAttention
+from ..peers import Step
+from .contest import Contest
+from .target import Conditions, TargetRow, target
 
-Step = Callable[[], tuple[Tensor, ...]]
 PLAIN, AUTHORS, OURS = "plain", "authors' way", "gate4d"
-_SETUP = "gate4d.benchmarks.rows.system_rows:"
 
 
 @dataclass(frozen=True)
@@ -52,7 +51,7 @@ class Size:
         return (self.tokens - 1) * 4 // 3
 
     @classmethod
-    def of(cls, s: Settings) -> Size:
+    def of(cls, s: Conditions) -> Size:
         """The models' own for the full effort, but for VGGT's width, which is halved."""
         if s.effort.heads is None:
             return cls()
@@ -67,7 +66,7 @@ def _sdpa(branch: int, layer: int, kind: str, q: Tensor, k: Tensor, v: Tensor) -
     return F.scaled_dot_product_attention(q, k, v)
 
 
-def _maps(kept: dict, change: Callable[..., tuple[Tensor | None, Tensor | None]] | None = None) -> Attend:
+def _maps(kept: dict, change: Callable[..., tuple[Tensor | None, Tensor | None]] | None = None) -> DecoderAttend:
     """Logits of all layers kept as copies; ``change(branch, layer, kind)`` gives a bias, and what is zeroed."""
 
     def attend(branch: int, layer: int, kind: str, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -80,7 +79,7 @@ def _maps(kept: dict, change: Callable[..., tuple[Tensor | None, Tensor | None]]
     return attend
 
 
-def _gated(watch: Callable | None = None, gate: Callable[..., MotionGate | None] = lambda *_: None) -> Attend:
+def _gated(watch: Callable | None = None, gate: Callable[..., MotionGate | None] = lambda *_: None) -> DecoderAttend:
     def attend(branch: int, layer: int, kind: str, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         if watch is not None:
             watch(branch, layer, kind, q, k)
@@ -91,7 +90,7 @@ def _gated(watch: Callable | None = None, gate: Callable[..., MotionGate | None]
 
 def _inputs(size: Size, dtype: torch.dtype, first: int, second: int, second_heads: int):
     """A decoder and the tokens of its two branches."""
-    decoder = Decoder((size.width // 64, second_heads), size.width, size.depth).to(dtype).eval()
+    decoder = DecoderPair((size.width // 64, second_heads), size.width, size.depth).to(dtype).eval()
     g = torch.Generator().manual_seed(1)
     return decoder, *(torch.randn(1, n, size.width, generator=g).to(dtype) for n in (first, second))
 
@@ -217,7 +216,7 @@ _MASKED = range(2)
 def vggt4d(size: Size, dtype: torch.dtype = torch.float32) -> dict[str, Step]:
     """Four frames through a model of VGGT's shape: the saliency, and the cameras of the second pass."""
     _load_libraries()
-    model, own = (_vggt(64 * size.heads, size.heads, 4, dtype) for _ in range(2))  # own stays patched
+    model, own = (Vggt(64 * size.heads, size.heads, 4).to(dtype).eval() for _ in range(2))  # own stays patched
     side = model.aggregator.patch_size
     pixels = [n * side for n in size.grid]
     images = torch.rand(4, 3, *pixels, generator=torch.Generator().manual_seed(1)).to(dtype)
@@ -237,12 +236,7 @@ def vggt4d(size: Size, dtype: torch.dtype = torch.float32) -> dict[str, Step]:
 
 def _load_libraries() -> None:
     """What clustering, thresholds and refinement import: its code is not memory of a call."""
-    for name in ("sklearn.cluster", "skimage.filters", "scipy.ndimage", "scipy.spatial"):
-        importlib.import_module(name)
-
-
-def _vggt(width: int, heads: int, depth: int, dtype: torch.dtype = torch.float32) -> Vggt:
-    return Vggt(width, heads, depth, round(0.44 * width**0.5)).to(dtype).eval()
+    import sklearn.cluster  # noqa: F401
 
 
 def _authors_vggt4d(model: Vggt, images: Tensor, grid: tuple[int, int]) -> tuple[Tensor, ...]:
@@ -256,12 +250,12 @@ def _authors_vggt4d(model: Vggt, images: Tensor, grid: tuple[int, int]) -> tuple
     def run(dynamic: Tensor | None) -> tuple[Tensor, dict]:
         features: dict = {}
 
-        def forward(module: Attention, key: tuple[str, int], x: Tensor, pos: Tensor) -> Tensor:
+        def forward(module: VggtAttention, key: tuple[str, int], x: Tensor, pos: Tensor) -> Tensor:
             q, k, v = module.features(x, pos)
             features[key] = q.clone(), k.clone()  # of all blocks, before anything is reduced
             if dynamic is None or key[1] not in _MASKED:
                 return module.finish(F.scaled_dot_product_attention(q, k, v))
-            keep = ~F.pad(dynamic, (SPECIAL, 0))
+            keep = ~F.pad(dynamic, (SPECIAL_TOKENS, 0))
             items = zip(q, k, v, keep if key[0] == "frame" else keep.flatten()[None], strict=True)
             return module.finish(
                 torch.stack([F.scaled_dot_product_attention(a, b[:, m], c[:, m]) for a, b, c, m in items])
@@ -280,7 +274,7 @@ def _authors_vggt4d(model: Vggt, images: Tensor, grid: tuple[int, int]) -> tuple
     _, features = run(None)
     hook.remove()
     patches = {
-        n: [x.unflatten(2, (frames, -1))[0, :, :, SPECIAL:].transpose(0, 1) for x in features["global", n]]
+        n: [x.unflatten(2, (frames, -1))[0, :, :, SPECIAL_TOKENS:].transpose(0, 1) for x in features["global", n]]
         for n in range(len(blocks.global_blocks))
     }  # [T, H, P, D]
     dyn = []
@@ -306,7 +300,7 @@ def _authors_vggt4d(model: Vggt, images: Tensor, grid: tuple[int, int]) -> tuple
 def more(size: Size, dtype: torch.dtype = torch.float32) -> dict[str, Step]:
     """Frame-causal attention of four frames with the loss on the camera's attention: loss and gradients."""
     patches, g = size.grid[0] * size.grid[1], torch.Generator().manual_seed(1)
-    layout = TokenLayout(4, SPECIAL + patches, SPECIAL)
+    layout = TokenLayout(4, SPECIAL_TOKENS + patches, SPECIAL_TOKENS)
     visible = Visibility.frame_causal(layout)
     shape = (1, size.heads, layout.num_tokens, 64)
     q, k, v = (torch.randn(shape, generator=g).to(dtype).requires_grad_() for _ in range(3))
@@ -358,7 +352,7 @@ def system_step(system: str, variant: str, **size) -> Step:
     return torch.no_grad()(steps[variant]) if system != "S5" else steps[variant]
 
 
-def _measure(s: Settings, id: str) -> list[Row]:
+def _measure(s: Conditions, id: str) -> list[TargetRow]:
     name, build, names = SYSTEMS[id]
     size = Size.of(s)
     s = replace(s, effort=replace(s.effort, min_rounds=min(3, s.effort.min_rounds)))  # a call takes seconds
@@ -384,20 +378,20 @@ def _measure(s: Settings, id: str) -> list[Row]:
     for variant in (PLAIN, AUTHORS, OURS):
         s.report(f"{id}: memory of {variant}")
         arguments = {"system": id, "variant": variant, **asdict(size)}
-        found = memory.peak_growth(f"{_SETUP}system_step", threads=s.threads, **arguments)
+        found = memory.peak_growth(f"{__name__}:system_step", threads=s.threads, **arguments)
         peaks[variant] = found["extra_bytes"] + found["result_bytes"]
     more_than = {v: max(0, peaks[v] - peaks[PLAIN]) for v in (AUTHORS, OURS)}
     ratio = more_than[OURS] / max(1, more_than[AUTHORS])
     note = f"over plain: authors' way {_mib(more_than[AUTHORS])}, gate4d {_mib(more_than[OURS])}"
-    return [row, Row(id, f"{name}: extra memory, same ratio", ratio, peak_memory=peaks, note=note)]
+    return [row, TargetRow(id, f"{name}: extra memory, same ratio", ratio, peak_memory=peaks, note=note)]
 
 
 def _mib(size: int) -> str:
-    return f"{size / memory.MIB:+.1f} MiB"
+    return f"{size / MIB:+.1f} MiB"
 
 
 def _about(id: str, size: Size) -> str:
-    clip = f"4 frames of {size.grid[0] * size.grid[1] + SPECIAL} tokens, {size.heads} heads"
+    clip = f"4 frames of {size.grid[0] * size.grid[1] + SPECIAL_TOKENS} tokens, {size.heads} heads"
     decoder = f"{size.depth} layers of width {size.width}, {size.state} state and {size.tokens} image tokens"
     return {
         "S1": decoder,
@@ -423,7 +417,7 @@ for _id in SYSTEMS:
 def long_clip_step(variant: str, frames: int, grid: int) -> Step:
     """A clip through 24 + 24 blocks of VGGT's shape, width 64."""
     _load_libraries()
-    model = _vggt(64, 1, 24)
+    model = Vggt(64, 1, 24).eval()
     side = grid * model.aggregator.patch_size
     images = torch.rand(frames, 3, side, side, generator=torch.Generator().manual_seed(0))
 
@@ -439,16 +433,16 @@ def long_clip_step(variant: str, frames: int, grid: int) -> Step:
 
 
 @target("S6", "VGGT4D's peak memory on 500 frames / plain VGGT's")
-def long_clip(s: Settings) -> list[Row]:
+def long_clip(s: Conditions) -> list[TargetRow]:
     """Both passes, masks and refinement against the unpatched model; peaks with all results, in fresh processes."""
     frames, grid = (500, 6) if s.effort.heads is None else (60, 4) if s.effort.frame_tokens is None else (12, 3)
     peaks = {}
     for variant in (PLAIN, OURS):
         s.report(f"S6: memory of {variant}, {frames} frames")
         arguments = {"variant": variant, "frames": frames, "grid": grid}
-        found = memory.peak_growth(f"{_SETUP}long_clip_step", threads=s.threads, **arguments)
+        found = memory.peak_growth(f"{__name__}:long_clip_step", threads=s.threads, **arguments)
         peaks[variant] = found["extra_bytes"] + found["result_bytes"]
-    note = f"{frames} frames of {grid**2 + SPECIAL} tokens, 24 + 24 blocks, width 64"
+    note = f"{frames} frames of {grid**2 + SPECIAL_TOKENS} tokens, 24 + 24 blocks, width 64"
     what = f"VGGT4D, {frames} frames: peak / plain"
     limit = 1.10 if frames == 500 else None
-    return [Row("S6", what, peaks[OURS] / peaks[PLAIN], limit, peak_memory=peaks, note=note)]
+    return [TargetRow("S6", what, peaks[OURS] / peaks[PLAIN], limit, peak_memory=peaks, note=note)]

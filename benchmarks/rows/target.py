@@ -1,18 +1,15 @@
-"""What a measured target is: the row, the settings it is measured under, and the list that rows register in."""
+"""What a measured target is: its rows, the conditions it is measured under, and the list that targets register in."""
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 
 from ..registry import SHAPES, AttentionShape
 
-MODULES = ("attention_rows", "statistics_rows", "system_rows")  # modules of this package that register targets
-
 
 @dataclass
-class Row:
+class TargetRow:
     """One line of the table.
 
     Attributes:
@@ -87,7 +84,7 @@ QUICK = Effort("quick", 4, None, 2.0, 5, 15, (4096, 16384), 2, 0.05)
 
 
 @dataclass(frozen=True)
-class Settings:
+class Conditions:
     """Handed to every target: effort, threads, backend, and where progress goes."""
 
     effort: Effort = FULL
@@ -104,43 +101,31 @@ class Settings:
         return replace(shape, heads=min(shape.heads, effort.heads or shape.heads))
 
 
+Measure = Callable[[Conditions], list[TargetRow]]
+
+
 @dataclass(frozen=True)
 class Target:
-    """A registered target: ``measure(settings)`` gives its rows."""
+    """A registered target: ``measure(conditions)`` gives its rows."""
 
     id: str
     what: str
-    measure: Callable[[Settings], list[Row]]
+    measure: Measure
 
 
 TARGETS: dict[str, Target] = {}
 
 
-def target(id: str, what: str) -> Callable[[Callable[[Settings], list[Row]]], Callable[[Settings], list[Row]]]:
+def target(id: str, what: str) -> Callable[[Measure], Measure]:
     """Register a function as target ``id``; ``what`` is its line in the list of targets."""
 
-    def register(measure: Callable[[Settings], list[Row]]) -> Callable[[Settings], list[Row]]:
+    def register(measure: Measure) -> Measure:
         if id in TARGETS:
             raise ValueError(f"target {id} is registered twice.")
         TARGETS[id] = Target(id, what, measure)
         return measure
 
     return register
-
-
-def load_targets() -> dict[str, Target]:
-    """All targets, in the order of their numbers."""
-    for module in MODULES:
-        importlib.import_module(f"{__package__}.{module}")
-    return dict(sorted(TARGETS.items(), key=lambda item: (item[0][0], int(item[0][1:]))))
-
-
-def run_target(chosen: Target, settings: Settings) -> list[Row]:
-    """The target's rows; one that fails in any way is a row that says so, and the run goes on."""
-    try:
-        return chosen.measure(settings)
-    except Exception as e:  # a broken row must not hide the others
-        return [Row(chosen.id, chosen.what, error=one_line(e))]
 
 
 def one_line(e: BaseException) -> str:

@@ -8,7 +8,7 @@ same: more of one kind would hardly change a ratio of times. What a method keeps
 their number.
 
 A setup returns ``run(frames)``, which yields tokens ``[frames, P, C]``: once for a clip, frame by frame for a stream. A
-clip yields no frames (``[0, P, C]``) after each layer, frame or pair, where :mod:`.study` may let another process run.
+clip yields no frames (``[0, P, C]``) after each layer, frame or pair, where another process may have its turn.
 Methods of attention:
 
 - ``gate4d``: :func:`gate4d.gated_attention`, the frame cache, closed-form statistics.
@@ -21,7 +21,7 @@ Methods of attention:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -32,11 +32,11 @@ from gate4d import MotionGate, gated_attention, state_confidence
 from gate4d.nn import FrameKVCache
 from gate4d.statistics.logits import mean_logits
 
+from ..measure.processes import Run
+from ..models import Attend, CrossLayer, GatedBlock, scaled_normal_
 from ..peers import eager_attention, motion_score_mod
 from ..registry import SHAPES, AttentionShape
-from .stack import Attend, Block, scaled_normal_
 
-Run = Callable[[int], Iterator[Tensor]]
 WINDOW, ANCHORS = 5, 1  # STream3R's window session: frame 0 and the last five
 
 
@@ -94,29 +94,6 @@ def attention(method: str, query_motion: Tensor | None = None, key_motion: Tenso
     return lambda q, k, v: F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
 
 
-class CrossBlock(nn.Module):
-    """A decoder layer of the CroCo family: self-attention, cross-attention to the other branch, MLP."""
-
-    def __init__(self, dim: int, heads: int):
-        super().__init__()
-        self.heads = heads
-        self.norm1, self.norm2, self.norm_y, self.norm3 = (nn.LayerNorm(dim) for _ in range(4))
-        self.qkv, self.proj = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
-        self.projq, self.projk, self.projv, self.cross_proj = (nn.Linear(dim, dim) for _ in range(4))
-        self.fc1, self.fc2 = nn.Linear(dim, 4 * dim), nn.Linear(4 * dim, dim)
-
-    def forward(self, x: Tensor, y: Tensor, attend: Attend, cross: Attend) -> Tensor:  # [B, N, C], [B, M, C]
-        q, k, v = self.qkv(self.norm1(x)).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        x = x + self.proj(attend(q, k, v).transpose(1, 2).flatten(2))
-        y = self.norm_y(y)
-        q, k, v = (
-            proj(z).unflatten(-1, (self.heads, -1)).transpose(1, 2)
-            for proj, z in ((self.projq, self.norm2(x)), (self.projk, y), (self.projv, y))
-        )
-        x = x + self.cross_proj(cross(q, k, v).transpose(1, 2).flatten(2))
-        return x + self.fc2(F.gelu(self.fc1(self.norm3(x))))
-
-
 def _no_frames(like: Tensor) -> Tensor:
     return like.new_empty(0, *like.shape[1:])  # not a view, which would keep the memory
 
@@ -128,7 +105,7 @@ def alternating(case: Case, pairs: int = 1) -> Run:
     """Blocks inside each frame and over the whole clip in turn, both gated."""
     shape = case.shape("vggt.global")
     x, motion = case.tokens("vggt.global", shape.width)
-    blocks = case.finish(nn.ModuleList(Block(shape.width, shape.heads) for _ in range(2 * pairs)))
+    blocks = case.finish(nn.ModuleList(GatedBlock(shape.width, shape.heads) for _ in range(2 * pairs)))
 
     def run(frames: int) -> Iterator[Tensor]:
         y, g = x[:frames], motion[:frames]
@@ -196,10 +173,10 @@ def pairwise(case: Case, depth: int = 1, reach: int = 2) -> Run:
     model = case.finish(
         nn.ModuleDict(
             {
-                "encode": Block(encoder.width, encoder.heads),
+                "encode": GatedBlock(encoder.width, encoder.heads),
                 "embed": nn.Linear(encoder.width, decoder.width),
-                "first": nn.ModuleList(CrossBlock(decoder.width, decoder.heads) for _ in range(depth)),
-                "second": nn.ModuleList(CrossBlock(decoder.width, decoder.heads) for _ in range(depth)),
+                "first": nn.ModuleList(CrossLayer(decoder.width, decoder.heads) for _ in range(depth)),
+                "second": nn.ModuleList(CrossLayer(decoder.width, decoder.heads) for _ in range(depth)),
             }
         )
     )
@@ -251,10 +228,10 @@ def recurrent(case: Case, depth: int = 2) -> Run:
     model = case.finish(
         nn.ModuleDict(
             {
-                "encode": Block(encoder.width, encoder.heads),
+                "encode": GatedBlock(encoder.width, encoder.heads),
                 "embed": nn.Linear(encoder.width, image.width),
-                "image": nn.ModuleList(CrossBlock(image.width, image.heads) for _ in range(depth)),
-                "state": nn.ModuleList(CrossBlock(state.width, state.heads) for _ in range(depth)),
+                "image": nn.ModuleList(CrossLayer(image.width, image.heads) for _ in range(depth)),
+                "state": nn.ModuleList(CrossLayer(state.width, state.heads) for _ in range(depth)),
             }
         )
     )
@@ -318,7 +295,7 @@ def streaming(case: Case, pairs: int = 1) -> Run:
     """Frame after frame; the blocks over the clip see the frame and what a cache holds of those before it."""
     shape = case.shape("streamvggt.cached")
     x, motion = case.tokens("streamvggt.cached", shape.width)
-    blocks = case.finish(nn.ModuleList(Block(shape.width, shape.heads) for _ in range(2 * pairs)))
+    blocks = case.finish(nn.ModuleList(GatedBlock(shape.width, shape.heads) for _ in range(2 * pairs)))
     own = case.method == "gate4d"
     limits = {"window": case.window, "anchors": ANCHORS if case.window else 0}
 
@@ -361,5 +338,5 @@ def _compiled_flex():
 
 
 def setup(backbone: str, dtype: str = "float32", **case) -> Run:
-    """The setup for :mod:`.study`: a backbone by name, the fields of :class:`Case` by name."""
+    """The setup for a process of its own: a backbone by name, the fields of :class:`Case` by name."""
     return BACKBONES[backbone](Case(dtype=getattr(torch, dtype), **case))

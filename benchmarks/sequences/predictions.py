@@ -2,7 +2,7 @@
 
 - Time on the same machine: ``a T + b T^2`` or ``c + a T`` through the measured points, relative errors weighted
   alike. Its error is shown: the last point is predicted from the others.
-- Memory: :mod:`.memory_model`.
+- Memory: :mod:`.counted`.
 - A model of VGGT's true size on several GPUs: counted bytes and operations, and an assumed rate.
 """
 

@@ -1,4 +1,4 @@
-"""``gate4d bench suite``: run :mod:`.suite` and compare its ratios with stored ones.
+"""``gate4d bench suite``: run the files beside this one and compare its ratios with stored ones.
 
 Times differ from machine to machine and are never compared. A ratio of gate4d's time to a peer's of the same run
 regresses when it exceeds the stored one by more than the tolerance, its own spread taken off.
@@ -12,10 +12,11 @@ import sys
 import tempfile
 from pathlib import Path
 
+from gate4d.terminal import table
+
 TOLERANCE = 0.15
 FOLDER = Path(__file__).parents[1]
 STORED = FOLDER / "results" / "baseline.json"
-SCHEMA = 1
 
 
 def run_suite(threads: int, only: str | None = None) -> tuple[dict[str, dict], int]:
@@ -43,21 +44,6 @@ def run_suite(threads: int, only: str | None = None) -> tuple[dict[str, dict], i
     return found, done.returncode
 
 
-def load(path: Path) -> dict:
-    """A stored baseline.
-
-    Raises:
-        ValueError: the file is not one.
-    """
-    try:
-        stored = json.loads(path.read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError) as e:
-        raise ValueError(f"{path} is not a baseline of `gate4d bench suite --save`: {e}.") from None
-    if not isinstance(stored, dict) or stored.get("kind") != "suite" or "cases" not in stored:
-        raise ValueError(f"{path} is not a baseline of `gate4d bench suite --save`.")
-    return stored
-
-
 def regressed(now: dict, before: dict, tolerance: float) -> bool:
     """Whether a ratio grew beyond the tolerance, by more than it varied in this run."""
     return now["ratio"] - now["spread"] > before["ratio"] * (1 + tolerance)
@@ -66,14 +52,14 @@ def regressed(now: dict, before: dict, tolerance: float) -> bool:
 def compare(cases: dict[str, dict], stored: dict | None, about: dict, tolerance: float) -> tuple[list[str], bool]:
     """Lines of at most 80 columns, and whether anything regressed."""
     before = stored["cases"] if stored else {}
-    lines = []
+    rows: list = []
     if stored:
         here, there = about["hardware"], stored["hardware"]
-        lines.append(f"baseline of {stored['date'][:10]}, gate4d {stored['versions']['gate4d']}; ratios alone count")
+        rows.append(f"baseline of {stored['date'][:10]}, gate4d {stored['versions']['gate4d']}; ratios alone count")
         if (here["processor"], here["capability"]) != (there["processor"], there["capability"]):
             other = f"{there['processor']}, {there['capability']}"
-            lines.append(f"note: it is from other hardware ({other}): compare with care")
-    lines.append(f"{'gate4d / peer':<38}{'ratio':>9}{'+-':>8}{'stored':>9}  verdict")
+            rows.append(f"note: it is from other hardware ({other}): compare with care")
+    rows.append(("gate4d / peer", "ratio", "+-", "stored", "  verdict"))
     worse = False
     for name, now in cases.items():
         then = before.get(name)
@@ -81,6 +67,6 @@ def compare(cases: dict[str, dict], stored: dict | None, about: dict, tolerance:
         if then is not None and regressed(now, then, tolerance):
             verdict, worse = f"REGRESSED by {now['ratio'] / then['ratio'] - 1:.0%}", True
         old = "" if then is None else f"{then['ratio']:.3f}"
-        lines.append(f"{name[:38]:<38}{now['ratio']:>9.3f}{now['spread']:>8.3f}{old:>9}  {verdict}")
+        rows.append((name[:38], f"{now['ratio']:.3f}", f"{now['spread']:.3f}", old, f"  {verdict}"))
     gone = sorted(set(before) - set(cases))
-    return lines + [f"not run: {name}" for name in gone], worse
+    return table("<38 >9 >8 >9 <16", [*rows, *(f"not run: {name}" for name in gone)]), worse

@@ -13,28 +13,23 @@ from pathlib import Path
 import pytest
 import torch
 
-from gate4d.benchmarks import check, peers
-from gate4d.benchmarks import inputs as cases
-from gate4d.benchmarks.measure import memory, resident
-from gate4d.benchmarks.measure import rounds as timing
+from gate4d.benchmarks import check, inputs, peers
+from gate4d.benchmarks.measure import memory, resident, rounds
 from gate4d.benchmarks.registry import SHAPES, AttentionShape
-from gate4d.benchmarks.report import agreement
-from gate4d.benchmarks.report import documents as report
-from gate4d.benchmarks.rows import attention_rows as targets
-from gate4d.benchmarks.rows import target as rows
-from gate4d.cli import bench
+from gate4d.benchmarks.report import agreement, documents, results
+from gate4d.benchmarks.rows import attention_rows, target
 from gate4d.cli.main import main
 
-TINY = rows.Effort(
+TINY = target.Effort(
     "tiny", heads=2, frame_tokens=33, seconds=0.0, min_rounds=2, max_rounds=2, memory_tokens=(64, 96), memory_heads=1
 )
-SETTINGS = rows.Settings(TINY, threads=1, backend="reference")
+CONDITIONS = target.Conditions(TINY, threads=1, backend="reference")
 SHAPE = AttentionShape("test", 2, 16, 24, 24, 1, "tokens", 1, "tests")
 
 
 def test_ratio_is_the_median_of_pairwise_ratios():
     # The machine is ten times slower in the last rounds: medians of each alone would compare different rounds.
-    timed = timing.Comparison({"a": [1.0, 2.0, 30.0], "b": [2.0, 4.0, 40.0]})
+    timed = rounds.Comparison({"a": [1.0, 2.0, 30.0], "b": [2.0, 4.0, 40.0]})
     assert timed.ratio("a", "b").median == 0.5
     assert timed.ratio("a", "b").spread == pytest.approx(0.0625)
     assert timed.difference("b", "a").median == 2.0
@@ -42,16 +37,16 @@ def test_ratio_is_the_median_of_pairwise_ratios():
 
 
 def test_variants_take_turns_after_a_warm_up_and_the_order_alternates(monkeypatch):
-    monkeypatch.setattr(timing, "waited", lambda: None)
+    monkeypatch.setattr(rounds, "waited", lambda: None)
     calls = []
-    timed = timing.compare(
+    timed = rounds.compare(
         {name: lambda name=name: calls.append(name) for name in "ab"},
         seconds=0.0,
         threads=1,
         min_rounds=3,
         max_rounds=9,
     )
-    warm = list("ab") * timing.WARM_UP_ROUNDS
+    warm = list("ab") * rounds.WARM_UP_ROUNDS
     assert calls == warm + list("ab") + list("ba") + list("ab")
     assert [len(t) for t in timed.times.values()] == [3, 3]
 
@@ -63,54 +58,54 @@ def test_rounds_stop_at_the_maximum_and_calls_are_averaged(monkeypatch):
         nonlocal count
         count += 1
 
-    monkeypatch.setattr(timing, "waited", lambda: None)  # rounds that had to wait would be repeated
-    timed = timing.compare({"a": step}, seconds=60.0, threads=1, min_rounds=1, max_rounds=4, calls=5)
+    monkeypatch.setattr(rounds, "waited", lambda: None)  # rounds that had to wait would be repeated
+    timed = rounds.compare({"a": step}, seconds=60.0, threads=1, min_rounds=1, max_rounds=4, calls=5)
     assert len(timed.times["a"]) == 4
-    assert count == 5 * (4 + timing.WARM_UP_ROUNDS)
+    assert count == 5 * (4 + rounds.WARM_UP_ROUNDS)
     with pytest.raises(ValueError, match="variants"):
-        timing.compare({}, seconds=0.0, threads=1)
+        rounds.compare({}, seconds=0.0, threads=1)
 
 
 def test_short_variants_are_called_more_often_a_sample(monkeypatch):
-    monkeypatch.setattr(timing, "waited", lambda: None)
+    monkeypatch.setattr(rounds, "waited", lambda: None)
     now, calls = 0.0, {"short": 0, "long": 0}
 
     def step(name, seconds):
         nonlocal now
         now, calls[name] = now + seconds, calls[name] + 1
 
-    monkeypatch.setattr(timing.time, "perf_counter", lambda: now)
+    monkeypatch.setattr(rounds.time, "perf_counter", lambda: now)
     steps = {"short": lambda: step("short", 0.25), "long": lambda: step("long", 2.0)}
-    timed = timing.compare(steps, seconds=0.0, threads=1, min_rounds=3, sample_seconds=1.0)
-    assert calls == {"short": timing.WARM_UP_ROUNDS + 3 * 4, "long": timing.WARM_UP_ROUNDS + 3}
+    timed = rounds.compare(steps, seconds=0.0, threads=1, min_rounds=3, sample_seconds=1.0)
+    assert calls == {"short": rounds.WARM_UP_ROUNDS + 3 * 4, "long": rounds.WARM_UP_ROUNDS + 3}
     assert timed.medians() == {"short": 0.25, "long": 2.0}
 
 
 def test_disturbed_rounds_do_not_count_if_there_are_enough_quiet_ones():
     times = {"a": [1.0, 9.0, 1.0, 1.0], "b": [2.0, 3.0, 2.0, 2.0]}
-    quiet = timing.Comparison(times, [0.0, 0.4, 0.01, 0.0])
+    quiet = rounds.Comparison(times, [0.0, 0.4, 0.01, 0.0])
     assert quiet.ratio("a", "b") == (0.5, 0.0)
     assert quiet.medians() == {"a": 1.0, "b": 2.0}
     assert quiet.warnings() == []
-    busy = timing.Comparison(times, [0.0, 0.4, 0.3, 0.2])
+    busy = rounds.Comparison(times, [0.0, 0.4, 0.3, 0.2])
     assert busy.used("a") == times["a"]
     assert busy.warnings() == ["DISTURBED: threads waited 25% of the time for other processes"]
 
 
 def test_drift_is_named():
-    drifting = timing.Comparison({"a": [1.0] * 3 + [1.2] * 3 + [1.5] * 3}).warnings()
+    drifting = rounds.Comparison({"a": [1.0] * 3 + [1.2] * 3 + [1.5] * 3}).warnings()
     assert drifting == ["a drifted by +50% over the run"]
 
 
 def test_waiting_for_the_processor_is_seen():
-    if timing.waited() is None:
+    if rounds.waited() is None:
         pytest.skip("the system does not tell how long threads wait")
     spin = [sys.executable, "-c", "while True: pass"]
     others = [subprocess.Popen(spin) for _ in range(2 * os.cpu_count())]
     try:
         time.sleep(0.3)
         step = {"a": lambda: sum(range(5 * 10**6))}  # longer than the system lets a process run at a stretch
-        timed = timing.compare(step, seconds=0.2, threads=1, min_rounds=4)
+        timed = rounds.compare(step, seconds=0.2, threads=1, min_rounds=4)
     finally:
         for process in others:
             process.kill()
@@ -128,22 +123,22 @@ def test_the_calling_thread_has_its_core_to_itself():
     os.sched_setaffinity(thread.native_id, {max(before)})
     try:
         step = {"a": lambda: seen.append([os.sched_getaffinity(t) for t in (0, thread.native_id)])}
-        timing.compare(step, seconds=0, threads=1)
+        rounds.compare(step, seconds=0, threads=1)
         assert os.sched_getaffinity(thread.native_id) == {max(before)}  # not what it was allowed at first
     finally:
         stop.set()
         thread.join()
-    for own, others in seen[timing.WARM_UP_ROUNDS :]:
+    for own, others in seen[rounds.WARM_UP_ROUNDS :]:
         assert len(before) < 2 or (len(own) == 1 and others == before - own)
     assert os.sched_getaffinity(0) == before
-    with timing.own_core(len(before) + 1):  # more threads than cores
+    with rounds.own_core(len(before) + 1):  # more threads than cores
         assert os.sched_getaffinity(0) == before
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("kind", [{"gate": "pairwise"}, {"gate": "drop"}, {"visible": "frame_causal", "window": 1}, {}])
 def test_peers_agree_with_the_float64_reference(kind, dtype):
-    x = cases.make_inputs(SHAPE, 3, dtype=dtype, **kind)
+    x = inputs.make_inputs(SHAPE, 3, dtype=dtype, **kind)
     expected = check.expected_forward(x)
     for build in (peers.gate4d_forward, peers.sdpa_masked, peers.materialised):
         expected.verify(build.__name__, build(x)())
@@ -152,13 +147,13 @@ def test_peers_agree_with_the_float64_reference(kind, dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("kind", [{"gate": "pairwise"}, {"gate": "drop"}, {"visible": "frame_causal"}])
 def test_a_variant_that_ignores_the_gate_or_the_mask_is_refused(kind, dtype):
-    x = cases.make_inputs(SHAPE, 3, dtype=dtype, **kind)
+    x = inputs.make_inputs(SHAPE, 3, dtype=dtype, **kind)
     with pytest.raises(check.WrongResult, match="plain: out is off by"):
         check.expected_forward(x).verify("plain", peers.sdpa(x)())
 
 
 def test_one_wrong_tile_is_refused():
-    x = cases.make_inputs(SHAPE, 3, gate="pairwise")
+    x = inputs.make_inputs(SHAPE, 3, gate="pairwise")
     expected = check.expected_forward(x)
     (out,) = peers.gate4d_forward(x)()
     for begin in range(0, x.q.shape[2] - 16, 16):
@@ -175,7 +170,7 @@ def test_one_wrong_tile_is_refused():
 
 
 def test_gradients_and_statistics_are_checked():
-    x = cases.make_inputs(SHAPE, 2, gate="pairwise", requires_grad=True)
+    x = inputs.make_inputs(SHAPE, 2, gate="pairwise", requires_grad=True)
     grad_out = torch.randn_like(x.q)
     expected = check.expected_backward(x, grad_out)
     results = peers.with_backward(peers.gate4d_forward, x, grad_out)()
@@ -196,8 +191,8 @@ def test_gradients_and_statistics_are_checked():
 
 
 def test_a_wrong_implementation_fails_its_row_and_the_exit_status(monkeypatch, capsys):
-    monkeypatch.setattr(targets.peers, "gate4d_forward", lambda x, **_: peers.sdpa(x))
-    monkeypatch.setattr(rows, "QUICK", TINY)
+    monkeypatch.setattr(attention_rows.peers, "gate4d_forward", lambda x, **_: peers.sdpa(x))
+    monkeypatch.setattr(target, "QUICK", TINY)
     assert main(["bench", "--quick", "--only", "C1", "--threads", "1", "--backend", "reference"]) == 1
     out = capsys.readouterr().out
     assert "FAILED" in out
@@ -208,21 +203,21 @@ def test_a_peer_that_fails_is_reported_and_the_row_goes_on(monkeypatch):
     def out_of_memory(x):
         raise MemoryError("no room\nfor the bias")
 
-    monkeypatch.setattr(targets.peers, "sdpa_masked", out_of_memory)
-    (row,) = targets.gated_forward_fp32(SETTINGS)
+    monkeypatch.setattr(attention_rows.peers, "sdpa_masked", out_of_memory)
+    (row,) = attention_rows.gated_forward_fp32(CONDITIONS)
     assert row.peers == {"SDPA + mask": "failed, MemoryError: no room"}
     assert row.ratio > 0
 
 
 def test_every_row_is_measured_and_fits_80_columns(monkeypatch, capsys, tmp_path):
-    monkeypatch.setattr(rows, "QUICK", TINY)
+    monkeypatch.setattr(target, "QUICK", TINY)
     file = tmp_path / "results.json"
     chosen = "C1,C2,C4,C5,C6,C8,C12"  # C3 compiles and C7 starts processes: tested alone
     options = ["--only", chosen, "--threads", "1", "--backend", "reference", "--json", str(file)]
     assert main(["bench", "--quick", *options]) == 0  # a target missed is a result, not a failure
     out = capsys.readouterr().out
     assert all(len(line) <= 80 for line in out.splitlines() if "--json" not in line and str(tmp_path) not in line)
-    result = report.load(file)
+    result = results.read(file)
     assert {"schema", "date", "command", "effort", "threads", "backend", "hardware", "versions", "rows"} <= set(result)
     assert result["threads"] == 1
     assert result["versions"]["torch"] == torch.__version__
@@ -239,18 +234,18 @@ def test_every_row_is_measured_and_fits_80_columns(monkeypatch, capsys, tmp_path
 def test_flex_attention_computes_the_same_bias():
     from torch.nn.attention.flex_attention import flex_attention  # eager: compiling takes longer than the whole suite
 
-    x = cases.make_inputs(SHAPE, 2, gate="pairwise")
+    x = inputs.make_inputs(SHAPE, 2, gate="pairwise")
     out = flex_attention(x.q, x.k, x.v, score_mod=peers.motion_score_mod(1 - x.motion, x.motion))
     check.expected_forward(x).verify("FlexAttention", (out,))
 
 
 def scratch_step(scratch_mib: int, result_mib: int):
     """A setup for the memory test: holds 50 MiB; a call takes and frees scratch, then returns a result."""
-    held = torch.ones(50 * memory.MIB // 4)
+    held = torch.ones(50 * resident.MIB // 4)
 
     def step(held=held):
-        torch.ones(scratch_mib * memory.MIB // 4)
-        return (torch.ones(result_mib * memory.MIB // 4),)
+        torch.ones(scratch_mib * resident.MIB // 4)
+        return (torch.ones(result_mib * resident.MIB // 4),)
 
     return step
 
@@ -266,14 +261,14 @@ def test_peak_memory_counts_scratch_and_not_the_result(monkeypatch):
     # In a process that has run other tests the allocator may give the result other free pages than the scratch had.
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
     found = memory.peak_growth("test_bench:scratch_step", threads=1, scratch_mib=40, result_mib=24)
-    assert 15 <= found["extra_bytes"] / memory.MIB <= 18
-    assert found["result_bytes"] == 24 * memory.MIB
+    assert 15 <= found["extra_bytes"] / resident.MIB <= 18
+    assert found["result_bytes"] == 24 * resident.MIB
 
 
 def test_peak_memory_of_attention_in_a_fresh_process():
     shape = replace(SHAPE, queries=1024, keys=1024, special=0)
     arguments = {"implementation": "materialised", "shape": asdict(shape), "frames": 1}
-    found = memory.peak_growth("gate4d.benchmarks.measure.memory:attention_step", threads=1, **arguments)
+    found = memory.peak_growth("gate4d.benchmarks.rows.attention_rows:attention_step", threads=1, **arguments)
     one_map = 2 * 1024**2 * 4
     assert found["extra_bytes"] >= one_map
     with pytest.raises(RuntimeError, match="no_such_step"):
@@ -307,13 +302,13 @@ def test_targets_are_listed_and_registered_once(capsys):
         c for c in listed if c not in ("C9", "C10", "C11")
     ]
     with pytest.raises(ValueError, match="C1 is registered twice"):
-        rows.target("C1", "again")(targets.gated_forward_fp32)
+        target.target("C1", "again")(attention_rows.gated_forward_fp32)
 
 
 def _result(**changes):
-    about = report.surroundings(SETTINGS, ["gate4d", "bench"])
-    row = rows.Row("C1", "a | b", ratio=0.5, target=0.85, spread=0.01, medians={"x": 0.1}, times={"x": [0.1]})
-    return json.loads(report.to_json(about, [replace(row, **changes)]))
+    about = results.envelope("targets", 1) | {"effort": "tiny", **results.served_by("reference")}
+    row = target.TargetRow("C1", "a | b", ratio=0.5, target=0.85, spread=0.01, medians={"x": 0.1}, times={"x": [0.1]})
+    return json.loads(json.dumps({**about, "rows": [replace(row, **changes).as_dict()]}))
 
 
 @pytest.mark.parametrize(
@@ -322,9 +317,9 @@ def _result(**changes):
 )
 def test_verdicts_in_table_and_markdown(changes, verdict):
     result = _result(**changes)
-    assert report.verdict(result["rows"][0]) == verdict
-    assert any(line.startswith("C1 ") and line.endswith(verdict) for line in bench.table(result))
-    assert f"| {verdict} |" in report.markdown(result)
+    assert documents.verdict(result["rows"][0]) == verdict
+    assert any(line.startswith("C1 ") and line.endswith(verdict) for line in documents.table(result))
+    assert f"| {verdict} |" in documents.markdown(result)
 
 
 def test_markdown_is_written_between_markers(tmp_path, capsys):
@@ -393,5 +388,5 @@ def test_the_document_shows_the_committed_results():
     text = (root / "BENCHMARKS.md").read_text()
     shown = text.partition("<!-- begin: gate4d bench -->\n")[2].partition("<!-- end: gate4d bench -->")[0]
     files = sorted((root / "benchmarks" / "results").glob("cpu-*.json"))
-    wanted = [report.markdown(report.load(file)) for file in files] or ["Not measured yet.\n"]
+    wanted = [documents.markdown(results.read(file)) for file in files] or ["Not measured yet.\n"]
     assert shown in wanted

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 import time
 from dataclasses import replace
@@ -13,8 +12,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from gate4d.benchmarks.gpu.__main__ import main, measure, run, table
-from gate4d.benchmarks.gpu.works import TINY, Work, _received, plan
+from gate4d.benchmarks.gpu.__main__ import main, measure, measured, plan, run, table
+from gate4d.benchmarks.gpu.attention_works import _received
+from gate4d.benchmarks.gpu.work import TINY, Work
+from gate4d.benchmarks.report import results
+from gate4d.benchmarks.rows.target import TargetRow
 
 
 class Clock:
@@ -31,12 +33,16 @@ def works(*seconds: float) -> list[Work]:
     return [Work(f"W{i}", 1.0, lambda: ({}, {}, lambda: None), s) for i, s in enumerate(seconds)]
 
 
-def row(work: Work) -> dict:
-    return {"id": work.id, "limit": 1.0, "ratio": 0.5, "best_peer": "peer", "median_ms": {"ours": 1.0, "peer": 2.0}}
+def row(work: Work) -> list[TargetRow]:
+    return [TargetRow(work.id, "", 0.5, 1.0, medians={"ours": 1.0, "peer": 2.0}, note="ours / peer")]
+
+
+def about() -> dict:
+    return results.envelope("gpu", 1, command="a test")
 
 
 def measured_by(clock: Clock, seen: list[str]):
-    def step(work: Work) -> dict:
+    def step(work: Work) -> list[TargetRow]:
         clock.now += work.seconds
         seen.append(work.id)
         return row(work)
@@ -47,14 +53,14 @@ def measured_by(clock: Clock, seen: list[str]):
 def test_slices_resume_until_everything_is_measured(tmp_path: Path) -> None:
     out, todo, seen = tmp_path / "r.json", works(40, 40, 10, 50), []
     clock = Clock()
-    options = {"measure": measured_by(clock, seen), "clock": clock, "about": dict}
+    options = {"measure": measured_by(clock, seen), "clock": clock, "about": about}
     run(todo, out, 1.0, resume=False, **options)
     assert seen == ["W0", "W2"]  # 40 s and what still fits a minute
-    assert list(json.loads(out.read_text())["rows"]) == ["W0", "W2"]
+    assert [r["id"] for r in results.read(out, "gpu")["rows"]] == ["W0", "W2"]
     run(todo, out, 1.0, resume=True, **options)
     result = run(todo, out, 1.0, resume=True, **options)
     assert seen == ["W0", "W2", "W1", "W3"]
-    assert len(result["surroundings"]) == 3
+    assert len(result["slices"]) == 3
     run(todo, out, 1.0, resume=False, **options)
     assert seen[4:] == ["W0", "W2"]  # without --resume it starts again
 
@@ -62,47 +68,55 @@ def test_slices_resume_until_everything_is_measured(tmp_path: Path) -> None:
 def test_a_failure_is_kept_apart_and_tried_again(tmp_path: Path) -> None:
     out, todo = tmp_path / "r.json", works(1, 1)
 
-    def fails(work: Work) -> dict:
+    def fails(work: Work) -> list[TargetRow]:
         if work.id == "W0":
             raise RuntimeError("wrong result")
         return row(work)
 
-    result = run(todo, out, 1.0, resume=False, measure=fails, clock=Clock(), about=dict)
-    assert result["errors"] == {"W0": "RuntimeError: wrong result"}
-    shown = table(todo, result)
-    assert "FAILED: RuntimeError: wrong result" in shown
+    result = run(todo, out, 1.0, resume=False, measure=fails, clock=Clock(), about=about)
+    assert [r["error"] for r in result["rows"]] == ["RuntimeError: wrong result", None]
+    shown = table([*todo, *works(1, 1, 1)[2:]], result)
+    assert "FAILED" in shown
+    assert "RuntimeError: wrong result" in shown
     assert "0.500" in shown
-    result = run(todo, out, 1.0, resume=True, measure=row, clock=Clock(), about=dict)
-    assert result["errors"] == {}
-    assert set(result["rows"]) == {"W0", "W1"}
+    assert "not measured yet: W2" in shown
+    assert max(map(len, shown.splitlines())) <= 80
+    result = run(todo, out, 1.0, resume=True, measure=row, clock=Clock(), about=about)
+    assert [r["error"] for r in result["rows"]] == [None, None]
+    assert measured(result) == {"W0", "W1"}
 
 
 def test_measure_checks_first_and_divides_by_the_fastest_peer() -> None:
     calls: list[str] = []
+    seconds = {"ours": iter((3.0, 2.0, 2.5, 2.5, 2.5)), "best": iter([1.0] * 5), "slow": iter([9.0] * 5),
+               "fast": iter([2.0] * 5)}  # fmt: skip
 
     def step(name: str):
         return lambda: calls.append(name)
 
-    def timer(step) -> list[float]:
+    def timer(step) -> float:
         step()
         if calls[-1] == "broken":
             raise RuntimeError("no kernel")
-        return {"ours": [3.0, 2.0, 2.5], "slow": [9.0], "fast": [2.0]}[calls[-1]]
+        return next(seconds[calls[-1]])
 
+    ours = {"ours": step("ours"), "best": step("best")}
     peers = {"slow": step("slow"), "broken": step("broken"), "fast": step("fast")}
-    work = Work("W", 1.0, lambda: ({"ours": step("ours")}, peers, lambda: calls.append("check")))
-    result = measure(work, timer)
-    assert calls == ["check", "ours", "slow", "broken", "fast"]
-    assert (result["best_peer"], result["ratio"]) == ("fast", 1.25)
-    assert result["failed_peers"] == {"broken": "no kernel"}
-    assert result["times_ms"]["ours"] == [3.0, 2.0, 2.5]
+    (found,) = measure(Work("W what", 1.0, lambda: (ours, peers, lambda: calls.append("check"))), timer)
+    assert calls[:6] == ["check", "ours", "best", "slow", "broken", "fast"]
+    assert calls[6:10] == ["fast", "slow", "best", "ours"]  # in turns, in the other order, without the broken one
+    assert (found.id, found.what, found.ratio) == ("W", "what", 1.25)  # the default, though another of ours is faster
+    assert found.note.startswith("ours / fast; best of ours: best, 0.500")
+    assert found.peers == {"slow": pytest.approx(2.5 / 9), "fast": 1.25, "broken": "failed, no kernel"}
+    assert found.times["ours"] == [3.0, 2.0, 2.5, 2.5, 2.5]
 
     def wrong() -> None:
         raise AssertionError("relative error 1")
 
+    timed = len(calls)
     with pytest.raises(AssertionError, match="relative error"):
         measure(Work("W", 1.0, lambda: ({"ours": step("ours")}, {}, wrong)), timer)
-    assert calls[-1] == "fast"  # nothing was timed
+    assert len(calls) == timed  # nothing was timed
 
 
 def test_plan_has_unique_ids_that_fit_a_slice() -> None:
@@ -118,10 +132,11 @@ def test_dry_run_on_a_cpu(work: Work) -> None:
     if work.id.startswith("G8"):
         pytest.importorskip("sklearn")
         pytest.importorskip("skimage")
-    result = measure(work, lambda step: [_timed(step)])
-    assert result["median_ms"]
-    assert result["ratio"] > 0
-    assert set(result["failed_peers"]) <= {"SDPA cudnn", "SDPA efficient", "SDPA flash"}
+    found, *_ = measure(work, _timed)
+    assert found.medians
+    assert found.ratio > 0
+    failed = {name for name, said in found.peers.items() if isinstance(said, str)}
+    assert failed <= {"SDPA cudnn", "SDPA efficient", "SDPA flash"}
 
 
 def _timed(step) -> float:
@@ -178,7 +193,7 @@ def test_a_peer_for_the_attention_received_computes_the_mean_per_key(monkeypatch
     ours, others, check = _received(TINY, 32768, "flash-colreduce")
     check()
     (mean,) = others["flash-colreduce"]()
-    torch.testing.assert_close(mean, ours["received"]().mean.to(mean.dtype))
+    torch.testing.assert_close(mean, ours["default"]().mean.to(mean.dtype))
     wrong = SimpleNamespace(flash_colreduce=lambda *qk, reduction: 1.1 * colreduce(*qk, reduction))
     monkeypatch.setitem(sys.modules, "flash_colreduce", wrong)
     _, _, check = _received(TINY, 32768, "flash-colreduce")

@@ -10,17 +10,14 @@ import torch
 from gate4d.benchmarks import peers, registry
 from gate4d.benchmarks.check import WrongResult, expected_forward
 from gate4d.benchmarks.measure.processes import Curve, Point, Study
-from gate4d.benchmarks.report import agreement, plots
-from gate4d.benchmarks.report import documents as report
-from gate4d.benchmarks.rows import peer_rows as versus
-from gate4d.benchmarks.rows import target as rows
-from gate4d.benchmarks.sequences import backbone_curves as sequences
-from gate4d.benchmarks.sequences import backbones, predictions
-from gate4d.benchmarks.sequences import counted as memory_model
+from gate4d.benchmarks.report import agreement, plots, results, sequence_tables
+from gate4d.benchmarks.rows import catalogue, peer_rows, target
+from gate4d.benchmarks.sequences import backbone_curves, backbones, counted, predictions
+from gate4d.benchmarks.sequences.contestants import SEQUENCES, case_of
 from gate4d.benchmarks.suite import baseline
 from gate4d.cli.main import main
 
-TINY = rows.Effort(
+TINY = target.Effort(
     "tiny", heads=2, frame_tokens=33, seconds=0.0, min_rounds=2, max_rounds=2, memory_tokens=(64,), memory_heads=1
 )
 FRAMES = 4
@@ -33,13 +30,13 @@ def outputs(backbone, dtype="float32", **case):
         return torch.cat(list(run(FRAMES))).double()
 
 
-@pytest.mark.parametrize("name", sequences.SEQUENCES)
+@pytest.mark.parametrize("name", SEQUENCES)
 def test_methods_agree_and_the_gate_matters(name):
     exact = {g: outputs(name, "float64", method="maps", gated=g) for g in (True, False)}
     assert torch.isfinite(exact[True]).all()
     assert (exact[True] - exact[False]).abs().max() > 1e-3 * exact[True].abs().max()
-    for contestant in sequences.SEQUENCES[name].contestants:
-        case = sequences.case_of(contestant)
+    for contestant in SEQUENCES[name].contestants:
+        case = case_of(contestant)
         if case["method"] == "FlexAttention" or case["window"]:
             continue  # compiled: only in the benchmark itself; window: below
         truth = exact[case["gated"]]
@@ -61,7 +58,7 @@ def test_a_window_bounds_the_cache(monkeypatch):
 def test_a_wrong_backbone_is_refused():
     right = outputs("recurrent", method="gate4d", frames=8).numpy()
     plain = outputs("recurrent", method="SDPA", gated=False, frames=8).numpy()
-    verify = sequences._verify
+    verify = backbone_curves._verify
     verify("recurrent", (FRAMES, 8), FRAMES, {"gate4d": right, "SDPA": plain})
     with pytest.raises(WrongResult, match=r"recurrent, gate4d: outputs are off by"):
         verify("recurrent", (FRAMES, 8), FRAMES, {"gate4d": plain})
@@ -82,20 +79,18 @@ def test_counted_bytes_by_hand():
 
         return run
 
-    assert memory_model.counted(make, 3) == 2 * 3 * 4096
-    assert memory_model.counted(make, 1) == 2 * 4096
+    assert counted.counted(make, 3) == 2 * 3 * 4096
+    assert counted.counted(make, 1) == 2 * 4096
 
 
 def test_memory_models_grow_as_the_methods_do():
-    models = {
-        m: memory_model.memory_model("alternating", method=m, scale=16) for m in ("gate4d", "SDPA + mask", "maps")
-    }
+    models = {m: counted.memory_model("alternating", method=m, scale=16) for m in ("gate4d", "SDPA + mask", "maps")}
     tokens = registry.SHAPES["vggt.global"].scaled(16)
     for name, bias in (("gate4d", 0), ("SDPA + mask", 1), ("maps", 1 + tokens.heads)):
         small, large = models[name](8), models[name](32)
         held = bias * (32 * tokens.queries) ** 2 * 4  # the bias, and at least one map a head
         assert (large > held) if bias else (large <= 4.1 * small)
-    stream = memory_model.memory_model("streaming", method="SDPA", gated=False, scale=16)
+    stream = counted.memory_model("streaming", method="SDPA", gated=False, scale=16)
     a_frame = 2 * tokens.queries * tokens.width * 4  # k and v of the layer that sees the clip
     assert stream(1001) - stream(1000) >= a_frame
 
@@ -137,17 +132,17 @@ def found():
         return c
 
     study = Study([2, 4, 8], [curve("gate4d"), curve("maps", 2), curve("SDPA")], {2: 1e-7}, 145, "measured", 2)
-    return study, sequences.as_dict(sequences.SEQUENCES["recurrent"], study)
+    return study, backbone_curves.as_dict(SEQUENCES["recurrent"], study)
 
 
 def test_tables_markdown_and_pictures(found, tmp_path, monkeypatch):
     _, data = found
     assert data["time_ratios"]["maps"] == {"2": 1.0, "4": 1.0}
-    lines = [*sequences.table("recurrent", data), *sequences.prediction_table({"recurrent": data})]
-    assert max(map(len, [*lines, *sequences.gpu_table()])) <= 80
+    lines = [*sequence_tables.backbone_table("recurrent", data), *sequence_tables.prediction_table({"recurrent": data})]
+    assert max(map(len, [*lines, *sequence_tables.gpu_table()])) <= 80
     assert "maps stopped at 8 frames: out of memory, limit 2.0 GiB." in lines
     assert any(line.startswith("PREDICTED, not measured") for line in lines)
-    about = report.surroundings(rows.Settings(TINY), ["gate4d", "bench", "sequences"])
+    about = results.envelope("sequences", 2) | {"effort": "quick", **results.served_by("auto")}
     result = {**about, "backbones": {"recurrent": data}, "max_bytes": 2 << 30, "pictures": ["s-recurrent"]}
     (tmp_path / "s.json").write_text(json.dumps(result))
     document = tmp_path / "DOC.md"
@@ -156,14 +151,14 @@ def test_tables_markdown_and_pictures(found, tmp_path, monkeypatch):
     assert "| 8 | 100.0; 8 | - | 100.0; 8 |" in document.read_text()
     assert "![recurrent](benchmarks/results/s-recurrent.png)" in document.read_text()
     monkeypatch.setattr(plots, "draw_predictions", lambda path: None)
-    names = sequences.draw(tmp_path, "s", {"recurrent": found}, "subtitle", 2 << 30)
+    names = backbone_curves.draw(tmp_path, "s", {"recurrent": found}, "subtitle", 2 << 30)
     assert names == ["s-recurrent"]
     assert "out of memory at 8 frames" in (tmp_path / "s-recurrent.svg").read_text()
 
 
 def test_two_runs_of_sequences_are_compared(found):
     _, data = found
-    before = {"backbones": {"recurrent": data}, **ABOUT, "effort": "quick", "threads": 1}
+    before = {"kind": "sequences", "backbones": {"recurrent": data}, **ABOUT, "effort": "quick", "threads": 1}
     now = json.loads(json.dumps(before))
     assert agreement.compare(now, before)[1]
     now["backbones"]["recurrent"]["time_ratios"]["SDPA"]["8"] *= 1.2
@@ -176,13 +171,13 @@ def test_two_runs_of_sequences_are_compared(found):
 
 
 def test_a_backbone_that_fails_is_reported_and_the_run_goes_on(found, monkeypatch, tmp_path, capsys):
-    def measure(sequence, counts, effort, threads, progress):
+    def measure(sequence, counts, limits, progress):
         progress(0.5, "2 frames, gate4d")
         if sequence.name == "streaming":
             raise WrongResult("streaming, gate4d: outputs are off by 1, allowed are 0.")
         return found[0]
 
-    monkeypatch.setattr(sequences, "measure", measure)
+    monkeypatch.setattr(backbone_curves, "measure", measure)
     file = tmp_path / "s.json"
     options = ["--quick", "--only", "recurrent,streaming", "--memory", "0.25", "--json", str(file)]
     assert main(["bench", "sequences", *options]) == 1
@@ -204,11 +199,11 @@ def test_a_backbone_that_fails_is_reported_and_the_run_goes_on(found, monkeypatc
 def test_peers_compute_an_operation(operation, monkeypatch):
     few = {n: p for n, p in peers.PEERS.items() if n != "FlexAttention"}  # compiling takes longer than the suite
     monkeypatch.setattr(peers, "PEERS", few)
-    row, costs = versus.measure(operation, rows.Settings(TINY, 1, "reference"), frames=2)
+    row, costs = peer_rows.measure(operation, target.Conditions(TINY, 1, "reference"), frames=2)
     able = [p.name for p in few.values() if operation in p.operations and p.package is None]
     assert set(costs) == {"gate4d", *able}
     assert all(isinstance(r, float) for r in row.peers.values())
-    assert any("flash-attn cannot run: flash_attn is not installed" in line for line in versus.missing(operation))
+    assert any("flash-attn cannot run: flash_attn is not installed" in line for line in peer_rows.missing(operation))
 
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
@@ -253,11 +248,11 @@ def test_everything_is_listed(capsys):
     assert all(name in out for name in (*registry.OPERATIONS, *registry.SHAPES, *peers.PEERS))
     assert main(["bench", "sequences", "--only", "list"]) == 0
     out = capsys.readouterr().out
-    assert all(name in out for name in sequences.SEQUENCES)
+    assert all(name in out for name in SEQUENCES)
 
 
 def test_operations_name_known_shapes_targets_and_peers():
-    targets = rows.load_targets()
+    targets = catalogue.load_targets()
     for o in registry.OPERATIONS.values():
         assert o.shape in registry.SHAPES
         assert all(t in targets for t in o.targets if t.startswith("C"))
@@ -328,7 +323,7 @@ def test_the_document_shows_the_committed_results():
     edges = "<!-- begin: gate4d bench sequences -->\n", "<!-- end: gate4d bench sequences -->"
     shown = text.partition(edges[0])[2].partition(edges[1])[0]
     (file,) = (root / "benchmarks" / "results").glob("sequences-cpu-*.json")
-    result = report.load(file)
-    assert shown == report.markdown(result)
+    result = results.read(file)
+    assert shown == sequence_tables.markdown(result)
     for picture in result["pictures"]:
         assert all((file.parent / f"{picture}.{kind}").exists() for kind in ("png", "svg"))

@@ -6,18 +6,17 @@ import pytest
 
 from gate4d.benchmarks import check
 from gate4d.benchmarks.measure import memory
-from gate4d.benchmarks.rows import statistics_rows as statistics
-from gate4d.benchmarks.rows import target as rows
+from gate4d.benchmarks.rows import statistics_rows, target
 
-TINY = rows.Effort(
+TINY = target.Effort(
     "tiny", heads=2, frame_tokens=33, seconds=0.0, min_rounds=2, max_rounds=2, memory_tokens=(64,), memory_heads=1
 )
-SETTINGS = rows.Settings(TINY, threads=1)
+CONDITIONS = target.Conditions(TINY, threads=1)
 
 
 @pytest.fixture(autouse=True)
 def small_and_in_this_process(monkeypatch):
-    monkeypatch.setattr(statistics, "_WIDTH", 96)
+    monkeypatch.setattr(statistics_rows, "_WIDTH", 96)
 
     def peak_growth(setup, *, threads, **arguments):
         module, function = setup.split(":")
@@ -31,13 +30,13 @@ def small_and_in_this_process(monkeypatch):
 @pytest.mark.parametrize(
     ("measure", "ids"),
     [
-        (statistics.attention_received, ["C9", "C9"]),
-        (statistics.gram_saliency, ["C10", "C10"]),
-        (statistics.state_update_cue, ["C11"]),
+        (statistics_rows.attention_received, ["C9", "C9"]),
+        (statistics_rows.gram_saliency, ["C10", "C10"]),
+        (statistics_rows.state_update_cue, ["C11"]),
     ],
 )
 def test_rows(measure, ids):
-    found = measure(SETTINGS)
+    found = measure(CONDITIONS)
     assert [row.id for row in found] == ids
     assert all(row.error is None and row.ratio > 0 and row.target > 0 for row in found)
     assert found[0].peak_memory
@@ -45,6 +44,6 @@ def test_rows(measure, ids):
 
 
 def test_a_wrong_statistic_is_caught(monkeypatch):
-    monkeypatch.setattr(statistics, "state_confidence", lambda q, k: q[0].mean((1, 3)).sigmoid())
+    monkeypatch.setattr(statistics_rows, "state_confidence", lambda q, k: q[0].mean((1, 3)).sigmoid())
     with pytest.raises(check.WrongResult, match="beta is off by"):
-        statistics.state_update_cue(SETTINGS)
+        statistics_rows.state_update_cue(CONDITIONS)

@@ -9,9 +9,8 @@ import pytest
 import torch
 from PIL import Image
 
-from gate4d.benchmarks.measure import processes as study
-from gate4d.benchmarks.measure import resident
-from gate4d.benchmarks.measure.processes import Contestant, Curve, Point, Settings, Study
+from gate4d.benchmarks.measure import processes, resident
+from gate4d.benchmarks.measure.processes import Contestant, Curve, Limits, Point, Study
 from gate4d.benchmarks.report import plots
 
 HERE = "test_study:setup"
@@ -37,28 +36,28 @@ def importable(monkeypatch):
 
 
 def test_extrapolation_follows_the_last_two_points():
-    assert study.extrapolate([], 8) == 0
-    assert study.extrapolate([(2, 3.0)], 4) == 12
-    assert study.extrapolate([(2, 3.0), (4, 6.0)], 8) == pytest.approx(12)
-    assert study.extrapolate([(2, 3.0), (4, 30.0)], 8) == pytest.approx(120)  # at most quadratic
-    assert study.extrapolate([(2, 3.0), (4, 2.0)], 8) == pytest.approx(4)  # at least linear
-    assert study.extrapolate([(2, 0), (4, 0)], 8) == 0
+    assert processes.extrapolate([], 8) == 0
+    assert processes.extrapolate([(2, 3.0)], 4) == 12
+    assert processes.extrapolate([(2, 3.0), (4, 6.0)], 8) == pytest.approx(12)
+    assert processes.extrapolate([(2, 3.0), (4, 30.0)], 8) == pytest.approx(120)  # at most quadratic
+    assert processes.extrapolate([(2, 3.0), (4, 2.0)], 8) == pytest.approx(4)  # at least linear
+    assert processes.extrapolate([(2, 0), (4, 0)], 8) == 0
 
 
 def test_frame_counts():
-    assert study.frame_counts(2) == [2]
-    assert study.frame_counts(5) == [2, 4, 5]
-    assert study.frame_counts(24) == [2, 4, 6, 8, 12, 16, 24]
-    assert study.frame_counts(100) == [2, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 100]
+    assert processes.frame_counts(2) == [2]
+    assert processes.frame_counts(5) == [2, 4, 5]
+    assert processes.frame_counts(24) == [2, 4, 6, 8, 12, 16, 24]
+    assert processes.frame_counts(100) == [2, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 100]
 
 
 def test_a_stopped_curve_leaves_its_time_to_the_others():
     curves = [Curve("a", spent=2.0), Curve("b", spent=3.0), Curve("c", spent=4.0, stopped="before 4 frames")]
-    assert study._seconds_left(curves[0], curves, 30.0) == pytest.approx((30 - 4) / 2 - 2)
+    assert processes._seconds_left(curves[0], curves, 30.0) == pytest.approx((30 - 4) / 2 - 2)
 
 
 def test_available_memory_is_plausible():
-    assert 2**26 < study.available_memory() < 2**46
+    assert 2**26 < resident.available_memory() < 2**46
 
 
 METER = """
@@ -101,12 +100,12 @@ def test_one_runs_out_of_memory_and_the_others_go_on(importable):
         Contestant("stream", HERE, {"mib_per_frame": 1, "stream": True, "add": 0.5}),
     ]
     shares, seen = [], []
-    limits = Settings(max_bytes=200 * resident.MIB, repeat_seconds=0.01, max_rounds=2)
+    limits = Limits(max_bytes=200 * resident.MIB, repeat_seconds=0.01, max_rounds=2)
 
     def report(share, text):
         shares.append(share)
 
-    result = study.measure(contestants, [2, 4, 16], limits, report, lambda n, o: seen.append((n, sorted(o))))
+    result = processes.measure(contestants, [2, 4, 16], limits, report, lambda n, o: seen.append((n, sorted(o))))
     assert len(shares) > 6
     assert shares == sorted(shares)
     assert 0 <= shares[0] <= shares[-1] <= 1
@@ -127,15 +126,15 @@ def test_one_runs_out_of_memory_and_the_others_go_on(importable):
 
 def test_a_failure_that_is_not_memory_ends_the_study(importable):
     with pytest.raises(RuntimeError, match="bad failed at 4 frames: ValueError: no"):
-        study.measure([Contestant("bad", HERE, {"fail": "no"})], [2, 4], Settings())
+        processes.measure([Contestant("bad", HERE, {"fail": "no"})], [2, 4], Limits())
     with pytest.raises(RuntimeError, match="odd did not start: TypeError"):
-        study.measure([Contestant("odd", HERE, {"nonsense": 1})], [2], Settings())
+        processes.measure([Contestant("odd", HERE, {"nonsense": 1})], [2], Limits())
 
     def wrong(n, outputs):
         raise AssertionError("wrong result")
 
     with pytest.raises(AssertionError, match="wrong result"):
-        study.measure([Contestant("good", HERE, {})], [2], Settings(), verify=wrong)
+        processes.measure([Contestant("good", HERE, {})], [2], Limits(), verify=wrong)
 
 
 class FakeWorker:
@@ -158,8 +157,8 @@ class FakeWorker:
 
 def advance(tmp_path, reply, limited=True, **changes):
     curve, outputs = Curve("maps", points=[Point(2, (1.0,), 2**30)]), {}
-    settings = Settings(max_bytes=changes.get("max_bytes", 2**40))
-    study._advance(FakeWorker(reply, limited), curve, 4, settings, changes.get("left", 60.0), tmp_path, outputs)
+    limits = Limits(max_bytes=changes.get("max_bytes", 2**40))
+    processes._advance(FakeWorker(reply, limited), curve, 4, limits, changes.get("left", 60.0), tmp_path, outputs)
     return curve, outputs
 
 
@@ -179,22 +178,22 @@ def test_stopping_is_said(tmp_path):
     assert "about 4.0 GiB expected, limit 3 GiB" in foreseen.stopped
     said = advance(tmp_path, {"out_of_memory": "can't allocate memory"}, max_bytes=3 * 2**30)[0]
     assert said.stopped == "at 4 frames: out of memory, limit 3 GiB"
-    killed = study.WorkerDied("killed by signal 9, most likely for lack of memory")
+    killed = processes.WorkerDied("killed by signal 9, most likely for lack of memory")
     assert advance(tmp_path, killed)[0].stopped == f"at 4 frames: {killed}"
     with pytest.raises(RuntimeError, match="maps failed at 4 frames: ValueError: no"):
-        advance(tmp_path, study.WorkerDied("ValueError: no"))
+        advance(tmp_path, processes.WorkerDied("ValueError: no"))
     with pytest.raises(RuntimeError, match="not finite at 4 frames"):
         advance(tmp_path, {**REPLY, "output": np.full((4, 2), np.nan)})
 
 
-def repeated(settings, left=60.0, available=2**30, **contestants):
+def repeated(limits, left=60.0, available=2**30, **contestants):
     """Rounds of fake workers by name, after a warm-up round; values are a worker and its first reply. Returns the
     curves."""
-    at, curves = study._Repeated(2, settings), []
+    at, curves = processes._Repeated(2, limits), []
     for name, (worker, first) in contestants.items():
         curves.append(Curve(name, [Point(2, (first["seconds"],), first["peak_bytes"], (first["latency"],))]))
         at.enter(worker, curves[-1], first)
-    study._repeat([at], left, available, lambda share, text: None)
+    processes._repeat([at], left, available, lambda share, text: None)
     return curves
 
 
@@ -204,12 +203,12 @@ def test_short_counts_are_repeated_and_the_first_run_is_warm_up():
         "a": (waiting, {**REPLY, "seconds": 0.6, "peak_bytes": 9}),
         "b": (FakeWorker({**REPLY, "seconds": 0.25}), {**REPLY, "seconds": 0.15}),
     }
-    slow, fast = repeated(Settings(repeat_seconds=1.6), **entered)
+    slow, fast = repeated(Limits(repeat_seconds=1.6), **entered)
     assert slow.points == [Point(2, (0.5,) * 4, 9, (0.5,) * 4, 0.01)]  # memory is the first run's
     assert fast.points[0].times == (0.25,) * 4
     assert Study([2], [slow, fast]).ratio("a", "b", 2) == 2.0
     waiting.reply["wait"] = 0.5  # twice as many rounds, and none of them quiet: all count
-    slow, _ = repeated(Settings(repeat_seconds=1.6), **entered)
+    slow, _ = repeated(Limits(repeat_seconds=1.6), **entered)
     assert slow.points[0].runs == 8
     assert slow.points[0].wait == 0.5
 
@@ -217,8 +216,8 @@ def test_short_counts_are_repeated_and_the_first_run_is_warm_up():
 @pytest.mark.parametrize(("left", "times"), [(60.0, (8.0, 8.0, 8.0)), (26.0, (8.0, 8.0)), (5.0, (8.0,))])
 def test_long_counts_are_repeated_as_the_budget_allows(left, times):
     entered = FakeWorker({**REPLY, "seconds": 8.0}), {**REPLY, "seconds": 9.0}
-    assert repeated(Settings(repeat_seconds=1.5), left, a=entered)[0].points[0].times == (8.0,)  # the warm-up round
-    assert repeated(Settings(repeat_seconds=1.5, min_rounds=3), left, a=entered)[0].points[0].times == times
+    assert repeated(Limits(repeat_seconds=1.5), left, a=entered)[0].points[0].times == (8.0,)  # the warm-up round
+    assert repeated(Limits(repeat_seconds=1.5, min_rounds=3), left, a=entered)[0].points[0].times == times
 
 
 def test_what_slows_some_rounds_does_not_count():
@@ -231,9 +230,9 @@ def test_what_slows_some_rounds_does_not_count():
 
 def test_calls_are_put_together_until_a_sample_lasts():
     quick, slow = (FakeWorker({**REPLY, "seconds": s}) for s in (0.01, 0.2))
-    settings = Settings(repeat_seconds=1.0, sample_seconds=0.1)
+    limits = Limits(repeat_seconds=1.0, sample_seconds=0.1)
     entered = {"a": (quick, {**REPLY, "seconds": 0.01}), "b": (slow, {**REPLY, "seconds": 0.2})}
-    curves = repeated(settings, **entered)
+    curves = repeated(limits, **entered)
     assert [request["calls"] for request in quick.asked] == [1, *[10] * 5]  # of max_rounds
     assert [request["calls"] for request in slow.asked] == [1] * 6
     assert curves[0].spent == pytest.approx(0.01 + 0.1 * 5)
@@ -241,14 +240,14 @@ def test_calls_are_put_together_until_a_sample_lasts():
 
 @pytest.mark.parametrize("died", [False, True])
 def test_out_of_memory_in_a_round_leaves_the_first_run(died):
-    reply = study.WorkerDied("killed by signal 9, for lack of memory") if died else {"out_of_memory": "no"}
+    reply = processes.WorkerDied("killed by signal 9, for lack of memory") if died else {"out_of_memory": "no"}
     entered = {"a": (FakeWorker({**REPLY, "seconds": 1.0}), REPLY), "b": (FakeWorker(reply), REPLY)}
-    curves = repeated(Settings(repeat_seconds=3.0), **entered)
+    curves = repeated(Limits(repeat_seconds=3.0), **entered)
     assert [c.points for c in curves] == [[Point(2, (1.0,) * 3, 5, (0.5,) * 3)], [Point(2, (2.0,), 5, (0.5,))]]
     assert len(entered["b"][0].asked) == 1
-    broken = FakeWorker(study.WorkerDied("ValueError: no"))
+    broken = FakeWorker(processes.WorkerDied("ValueError: no"))
     with pytest.raises(RuntimeError, match="b failed at 2 frames: ValueError: no"):
-        repeated(Settings(repeat_seconds=10.0), b=(broken, REPLY))
+        repeated(Limits(repeat_seconds=10.0), b=(broken, REPLY))
 
 
 ORDER: list[str] = []
@@ -269,29 +268,29 @@ class StreamingWorker:
 
 def test_streams_take_turns_if_they_fit_side_by_side():
     ORDER.clear()
-    settings = Settings(min_rounds=2)
-    repeated(settings, **{name: (StreamingWorker(name), REPLY) for name in "abc"})
+    limits = Limits(min_rounds=2)
+    repeated(limits, **{name: (StreamingWorker(name), REPLY) for name in "abc"})
     assert "".join(ORDER) == "abcabcabcabc" * 2 + "cbacbacbacba"  # a warm-up round and two
     for available, together in ((46, True), (45, False)):  # three times 5 bytes each
         fakes = {name: (FakeWorker(REPLY), REPLY) for name in "abc"}
-        repeated(settings, available=available, **fakes)
+        repeated(limits, available=available, **fakes)
         assert all(request["together"] is together for worker, _ in fakes.values() for request in worker.asked)
 
 
 def test_rounds_of_all_counts_are_spread(monkeypatch):
     order = []
-    monkeypatch.setattr(study._Repeated, "round", lambda self, *memory: order.append(self.frames))
-    counts = [study._Repeated(n, Settings(min_rounds=rounds)) for n, rounds in ((2, 4), (8, 2))]
+    monkeypatch.setattr(processes._Repeated, "round", lambda self, *memory: order.append(self.frames))
+    counts = [processes._Repeated(n, Limits(min_rounds=rounds)) for n, rounds in ((2, 4), (8, 2))]
     for at in counts:
         at.enter(FakeWorker(REPLY), Curve("a", [Point(at.frames, (2.0,), 5)]), REPLY)
-    study._repeat(counts, 60.0, 2**30, lambda share, text: None)
+    processes._repeat(counts, 60.0, 2**30, lambda share, text: None)
     assert order[:6] == [2, 8, 2, 2, 8, 2]
 
 
 def test_a_killed_process_is_noticed(tmp_path, importable):
-    worker = study.Worker(Contestant("gate4d", HERE, {}), Settings(), tmp_path)
+    worker = processes.Worker(Contestant("gate4d", HERE, {}), Limits(), tmp_path)
     worker._process.kill()
-    with pytest.raises(study.WorkerDied, match="killed by signal 9, most likely for lack of memory"):
+    with pytest.raises(processes.WorkerDied, match="killed by signal 9, most likely for lack of memory"):
         worker.ask(frames=2)
     worker.close()
 

@@ -8,14 +8,13 @@ from helpers.upstream import PeakBytes
 
 from gate4d.benchmarks import check
 from gate4d.benchmarks.measure import memory
-from gate4d.benchmarks.rows import system_rows as systems
-from gate4d.benchmarks.rows import target as rows
+from gate4d.benchmarks.rows import catalogue, system_rows, target
 from gate4d.cli import main as cli
 
 pytest.importorskip("sklearn")
 pytest.importorskip("skimage")
 
-TINY = rows.Effort("tiny", 2, 33, 0.0, 1, 1, (64,), 1)
+TINY = target.Effort("tiny", 2, 33, 0.0, 1, 1, (64,), 1)
 
 
 @pytest.fixture
@@ -27,9 +26,9 @@ def peaks(monkeypatch):
     )
 
 
-@pytest.mark.parametrize("id", systems.SYSTEMS)
+@pytest.mark.parametrize("id", system_rows.SYSTEMS)
 def test_rows(id, peaks):
-    time, space = rows.run_target(rows.load_targets()[id], rows.Settings(TINY, 1))
+    time, space = catalogue.run_target(catalogue.load_targets()[id], target.Conditions(TINY, 1))
     assert time.error is None, time.error
     assert set(time.medians) == {"plain", "authors' way", "gate4d"}
     assert time.ratio == pytest.approx(time.medians["gate4d"] / time.medians["authors' way"])
@@ -37,22 +36,22 @@ def test_rows(id, peaks):
     assert "authors' way +0.0 MiB" in space.note
 
 
-@pytest.mark.parametrize("id", systems.SYSTEMS)
+@pytest.mark.parametrize("id", system_rows.SYSTEMS)
 def test_a_wrong_system_is_not_timed(id, peaks, monkeypatch):
-    name, build, names = systems.SYSTEMS[id]
+    name, build, names = system_rows.SYSTEMS[id]
 
     def spoilt(size, dtype=torch.float32):
         steps = build(size, dtype)
         right = steps["gate4d"]
         return {**steps, "gate4d": lambda: (*right()[:-1], right()[-1] + 1e-3)}
 
-    monkeypatch.setitem(systems.SYSTEMS, id, (name, spoilt, names))
+    monkeypatch.setitem(system_rows.SYSTEMS, id, (name, spoilt, names))
     with pytest.raises(check.WrongResult, match=f"gate4d: {names[-1]} is off"):
-        rows.load_targets()[id].measure(rows.Settings(TINY, 1))
+        catalogue.load_targets()[id].measure(target.Conditions(TINY, 1))
 
 
 def test_command(peaks, monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(rows, "QUICK", TINY)
+    monkeypatch.setattr(target, "QUICK", TINY)
     path = tmp_path / "systems.json"
     assert cli.main(["bench", "systems", "--quick", "--threads", "1", "--only", "S1,S6", "--json", str(path)]) == 0
     printed = capsys.readouterr().out
@@ -83,7 +82,7 @@ def test_vggt4d_needs_little_more_than_the_plain_model():
     """All tensors made in a run, exactly: at most a tenth more than the unpatched model's."""
     held = {}
     for variant in ("plain", "gate4d"):
-        step = systems.long_clip_step(variant, frames=10, grid=4)
+        step = system_rows.long_clip_step(variant, frames=10, grid=4)
         with PeakBytes() as tracker:
             step()
         held[variant] = tracker.peak

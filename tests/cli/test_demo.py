@@ -1,4 +1,4 @@
-"""The demo's model, its measurements and its report."""
+"""The demo's model, its measurements and its demo_report."""
 
 import json
 import os
@@ -9,21 +9,19 @@ import torch
 from PIL import Image
 
 from gate4d import TokenLayout, Visibility
-from gate4d.benchmarks.measure.processes import Curve, Point, Study
-from gate4d.benchmarks.sequences import clip_stack as measure
-from gate4d.benchmarks.sequences import trained as reconstruction
-from gate4d.benchmarks.sequences.clip_stack import Limits, Settings
-from gate4d.benchmarks.sequences.stack import (
+from gate4d.benchmarks.measure.processes import Curve, Limits, Point, Study
+from gate4d.benchmarks.models import SPECIAL_TOKENS, AlternatingStack
+from gate4d.benchmarks.sequences import clip_stack
+from gate4d.benchmarks.sequences.clip_stack import (
     IMPLEMENTATIONS,
-    SPECIAL_TOKENS,
-    AlternatingStack,
+    StackCase,
     dense_bias,
     frame_difference,
     gate4d_attention,
     pool_to_patches,
 )
 from gate4d.benchmarks.sequences.trained import reconstruct
-from gate4d.cli import demo_report as report
+from gate4d.cli import demo_report
 from gate4d.cli.main import main
 from gate4d.data import Clip, render_clip
 from gate4d.models import build, load, save_weights
@@ -130,10 +128,12 @@ def test_frame_difference_finds_a_moving_square():
 
 
 def test_measure_in_fresh_processes(frames, motion):
-    settings = Settings(model=SMALL, limits=Limits(repeat_seconds=0.0, budget=600.0))
+    case, limits = StackCase(model=SMALL), Limits(repeat_seconds=0.0, budget=600.0)
     steps = []
     names = ("SDPA + mask", "gate4d")
-    study, gate_effect = measure.measure(frames, motion, [2, 3], settings, lambda *step: steps.append(step), names)
+    study, gate_effect = clip_stack.measure(
+        frames, motion, [2, 3], case, limits, lambda *step: steps.append(step), names
+    )
     assert len(steps) == 6  # two first runs and a warm-up round at each count
     assert study.tokens_per_frame == 11
     assert list(study.differences) == [2, 3]
@@ -146,7 +146,7 @@ def test_measure_in_fresh_processes(frames, motion):
 
 def test_a_failing_implementation_fails_the_study(frames, motion):
     with pytest.raises(RuntimeError, match=r"nonsense did not start: KeyError: 'nonsense'"):
-        measure.measure(frames, motion, [2], Settings(model=SMALL), implementations=("nonsense",))
+        clip_stack.measure(frames, motion, [2], StackCase(model=SMALL), Limits(), implementations=("nonsense",))
 
 
 # ---- report ------------------------------------------------------------------------------------------------------
@@ -163,15 +163,15 @@ def study():
 
 
 def test_table_fits_80_columns(study):
-    lines = report.table(study).splitlines()
+    lines = demo_report.speed_table(study)
     assert max(map(len, lines)) <= 80
     assert lines[-1].split() == ["40", "41640", "-", "-", "40.00", "1048576", "4.00", "2", "3.0e-07"]
 
 
 def test_pictures_and_figures(tmp_path, study, motion):
     clip = Clip(torch.full((3, 8, 12, 3), 128, dtype=torch.uint8), "grey", torch.ones(3, 8, 12, dtype=torch.bool))
-    report.draw_curves(tmp_path / "curves.png", study, "subtitle")
-    report.draw_overlay(tmp_path / "overlay.png", clip, motion, 4, "a cue")
+    demo_report.draw_curves(tmp_path / "curves.png", study, "subtitle")
+    demo_report.draw_overlay(tmp_path / "overlay.png", clip, motion, 4, "a cue")
     for name in ("curves.png", "overlay.png"):
         pixels = np.asarray(Image.open(tmp_path / name).convert("RGB")).astype(int)
         assert pixels.shape[0] > 200
@@ -179,7 +179,7 @@ def test_pictures_and_figures(tmp_path, study, motion):
         assert pixels.std() > 5
     red = (pixels[..., 0] > 150) & (pixels[..., 1] < 110)
     assert red.mean() > 0.1  # the true mask is everywhere
-    data = json.loads(json.dumps(report.figures(study, 0.3, clip, {"command": "gate4d demo"})))
+    data = json.loads(json.dumps(demo_report.figures(study, 0.3, clip, {"command": "gate4d demo"})))
     assert data["curves"]["gate4d"]["points"][1]["fps"] == 4.0
     assert data["curves"]["maps"]["stopped"].startswith("at 40")
 
@@ -187,7 +187,7 @@ def test_pictures_and_figures(tmp_path, study, motion):
 def test_an_earlier_demo_is_replaced(tmp_path):
     out = tmp_path / "demo"
     for text in ("first", "second"):
-        with report.written_at_once(out) as folder:
+        with demo_report.written_at_once(out) as folder:
             (folder / "figures.json").write_text(text)
     assert (out / "figures.json").read_text() == "second"
     assert [p.name for p in tmp_path.iterdir()] == ["demo"]
@@ -197,7 +197,7 @@ def test_failure_leaves_what_was_there(tmp_path):
     out = tmp_path / "demo"
 
     def interrupted():
-        with report.written_at_once(out) as folder:
+        with demo_report.written_at_once(out) as folder:
             (folder / "curves.png").write_text("half")
             raise KeyboardInterrupt
 
@@ -221,7 +221,7 @@ def test_folders_of_others_are_left_alone(tmp_path):
         ("link", FileExistsError, "is not a folder"),
         ("no/where", FileNotFoundError, "does not exist"),
     ):
-        with pytest.raises(error, match=what), report.written_at_once(tmp_path / name):
+        with pytest.raises(error, match=what), demo_report.written_at_once(tmp_path / name):
             pytest.fail("the body must not run")
     assert (tmp_path / "mine" / "thesis.tex").exists()
 
@@ -245,13 +245,13 @@ def test_trained_model_beside_the_truth(tmp_path, weights):
     assert [o.name for o in outcomes] == ["no gates", "gates", "stream"]
     assert all(0 <= o.iou <= 1 and 0 < o.abs_rel < 10 and o.ate < 1 and o.fps > 0 for o in outcomes)
     np.testing.assert_array_equal(outcomes[0].motion, outcomes[1].motion)
-    assert max(map(len, reconstruction.table(outcomes).splitlines())) <= 80
-    reconstruction.draw(tmp_path / "with.png", clip, outcomes)
+    assert max(map(len, demo_report.trained_table(outcomes))) <= 80
+    demo_report.draw_trained(tmp_path / "with.png", clip, outcomes)
     unknown = Clip(clip.frames, "unknown")
     outcomes = reconstruct(load(weights), unknown, repeats=1)
     assert outcomes[0].ate is outcomes[0].iou is None
-    assert max(map(len, reconstruction.table(outcomes).splitlines())) <= 80
-    reconstruction.draw(tmp_path / "without.png", unknown, outcomes)
+    assert max(map(len, demo_report.trained_table(outcomes))) <= 80
+    demo_report.draw_trained(tmp_path / "without.png", unknown, outcomes)
     sizes = [np.asarray(Image.open(tmp_path / n)).shape[0] for n in ("with.png", "without.png")]
     assert sizes[0] > sizes[1] > 300  # rows for the truth
 
@@ -270,12 +270,12 @@ def test_demo_command_on_a_folder(tmp_path, weights, capsys):
     assert "RANDOM WEIGHTS" in text
     assert "plain frame difference" in text
     assert "stream MoRe: frame by frame" in text
-    assert sorted(p.name for p in out.iterdir()) == sorted(report.FILES)
+    assert sorted(p.name for p in out.iterdir()) == sorted(demo_report.FILES)
     data = json.loads((out / "figures.json").read_text())
     assert data["clip"]["tokens_per_frame"] == 11
     assert data["largest_relative_difference"]["2"] < 1e-4 < data["relative_difference_without_gate"]
     assert [run["name"] for run in data["trained"]["runs"]] == ["no gates", "gates", "stream"]
-    assert data["machine"]["torch"] == torch.__version__
+    assert data["versions"]["torch"] == torch.__version__
 
 
 @pytest.mark.parametrize(
