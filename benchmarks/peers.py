@@ -75,7 +75,7 @@ def flex_mods(x: Inputs) -> tuple[Callable[..., Tensor] | None, object]:
 
     score_mod = mask_mod = None
     if x.motion is not None:
-        a = torch.ones_like(x.motion) if x.keys_only else 1 - x.motion
+        a = x.motion.new_ones(len(x.motion), x.q.shape[2]) if x.keys_only else 1 - x.motion  # [B, Nq]
         score_mod = motion_score_mod(a, x.motion)
     if x.dropped is not None:
         kept = ~x.dropped

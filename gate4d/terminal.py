@@ -48,7 +48,7 @@ def field(name: str, value: str, width: int = 11) -> list[str]:
 
 
 @contextlib.contextmanager
-def progress(text: str = "starting", total: int | None = None, done: int = 0) -> Iterator[Show]:
+def progress(text: str | None = None, total: int | None = None, done: int = 0) -> Iterator[Show]:
     """How far something has come: a bar where stderr is a terminal and rich is installed, else a line on stderr
     whenever the text is a new one.
 
@@ -63,7 +63,7 @@ def progress(text: str = "starting", total: int | None = None, done: int = 0) ->
 
     columns = (BarColumn(bar_width=20), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
     with Progress(*columns, console=console, transient=True) as bar:
-        task = bar.add_task(text, total=total, completed=done)
+        task = bar.add_task(text or "starting", total=total, completed=done)
 
         def show(
             text: str | None = None,
@@ -79,7 +79,7 @@ def progress(text: str = "starting", total: int | None = None, done: int = 0) ->
         yield show
 
 
-def _lines(total: int | None, done: int, first: str) -> Show:
+def _lines(total: int | None, done: int, first: str | None) -> Show:
     shown: set[str] = set()
     now = {"total": total, "done": done}
 

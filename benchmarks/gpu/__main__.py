@@ -15,10 +15,10 @@ import torch
 from gate4d.terminal import progress
 
 from ..measure import gpu
-from ..report import documents, results
+from ..report import documents, result_files
 from ..rows.target import TargetRow
 from . import attention_works, pipelines
-from .work import FULL, Run, Setup, Work
+from .work import FULL, Setup, Variant, Work
 
 ROOT = Path(__file__).resolve().parents[2]
 DEFAULT_OUT = ROOT / "benchmarks" / "results" / "gpu.json"
@@ -32,10 +32,10 @@ def plan(s: Setup = FULL) -> list[Work]:
 def surroundings() -> dict:
     """The envelope of the results."""
     command = shlex.join(["python", "-m", "gate4d.benchmarks.gpu", *sys.argv[1:]])
-    return results.envelope("gpu", torch.get_num_threads(), command=command)
+    return result_files.envelope("gpu", torch.get_num_threads(), command=command)
 
 
-def measure(work: Work, timer: Callable[[Run], float] = gpu.sample) -> list[TargetRow]:
+def measure(work: Work, timer: Callable[[Variant], float] = gpu.sample) -> list[TargetRow]:
     """Check, then time in turns. A peer that cannot run is recorded with its error; ours failing fails the measurement.
 
     The row's ratio is that of the first of ours, the default, to the fastest peer; the best of ours is in the note.
@@ -75,7 +75,7 @@ def run(
     A measurement that failed is tried again by the next slice. ``slices`` are the surroundings of each of them.
     """
     now = about()
-    before = results.read(out, "gpu") if resume and out.exists() else {"rows": [], "slices": []}
+    before = result_files.read(out, "gpu") if resume and out.exists() else {"rows": [], "slices": []}
     slice = {name: now[name] for name in ("date", "hardware", "versions")}
     result = {**now, "slices": [*before["slices"], slice], "rows": before["rows"]}
     end = clock() + 60 * minutes
@@ -93,7 +93,7 @@ def run(
             result["rows"] = [row for row in result["rows"] if name_of(row) != work.id]
             result["rows"] += [row.as_dict() for row in found]
             out.parent.mkdir(parents=True, exist_ok=True)
-            results.write(out, result)
+            result_files.write(out, result)
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
     return result

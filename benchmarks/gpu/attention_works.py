@@ -14,7 +14,7 @@ from gate4d import MotionGate, TokenLayout, Visibility
 
 from ..inputs import Inputs
 from ..peers import PEERS, motion_score_mod
-from .work import DEFAULT, Run, Setup, Work, check_gradients, check_rows, compare
+from .work import DEFAULT, Setup, Variant, Work, check_gradients, check_rows, compare
 
 SDPA = {
     "flash": SDPBackend.FLASH_ATTENTION,
@@ -35,8 +35,8 @@ def sdpa(backend: str, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return F.scaled_dot_product_attention(q, k, v)
 
 
-def all_sdpa(q: Tensor, k: Tensor, v: Tensor) -> dict[str, Run]:
-    steps: dict[str, Run] = {f"SDPA {name}": partial(sdpa, name, q, k, v) for name in SDPA}
+def all_sdpa(q: Tensor, k: Tensor, v: Tensor) -> dict[str, Variant]:
+    steps: dict[str, Variant] = {f"SDPA {name}": partial(sdpa, name, q, k, v) for name in SDPA}
     for peer in PEERS.values():  # what is installed; not run on a GPU yet
         if peer.needs_cuda and peer.exact and not peer.reasons("plain", "cuda"):
             steps[peer.name] = peer.build(Inputs(q, k, v))
@@ -54,12 +54,12 @@ def _forward(s: Setup, tokens: int, kind: str = "pairwise", fraction: float = 0.
     visible = Visibility.frame_causal(TokenLayout(frames, s.frame, 5)) if frames else None
     call = partial(gate4d.gated_attention, q, k, v, gate=gate, visible=visible)
     named = [s.kernel, *({"drop": ["sdpa_compacted"], "keys": ["sdpa_folded"]}.get(kind, []))]
-    ours: dict[str, Run] = {DEFAULT: call, **{b: partial(call, backend=b) for b in named}}
+    ours: dict[str, Variant] = {DEFAULT: call, **{b: partial(call, backend=b) for b in named}}
     if peer == "flex":
         from torch.nn.attention.flex_attention import flex_attention
 
         flex = torch.compile(flex_attention, dynamic=False) if s.compile else flex_attention
-        peers: dict[str, Run] = {
+        peers: dict[str, Variant] = {
             "FlexAttention": partial(flex, q, k, v, score_mod=motion_score_mod(1 - motion, motion))
         }
     elif peer == "self":  # the same kernel: by itself, plain attention may go to another one
@@ -87,7 +87,7 @@ def _backward(s: Setup, tokens: int, gate_gradients: bool):
     motion.requires_grad_(gate_gradients)
     grad = torch.randn(q.shape, device=s.device, dtype=s.dtype)
 
-    def backward(out: Tensor, *leaves: Tensor) -> Run:
+    def backward(out: Tensor, *leaves: Tensor) -> Variant:
         return lambda: torch.autograd.grad(out, leaves, grad, retain_graph=True)
 
     names = ("q", "k", "v", "motion") if gate_gradients else ("q", "k", "v")
@@ -115,7 +115,7 @@ def _received(s: Setup, tokens: int, peer: str | None = None):
     step = partial(gate4d.received_attention, q, k, aux.lse, over=("queries",))
 
     if peer is None:
-        others: dict[str, Run] = {"forward": partial(gate4d.gated_attention, q, k, v)}
+        others: dict[str, Variant] = {"forward": partial(gate4d.gated_attention, q, k, v)}
     else:
         others = {peer: PEERS[peer].build(Inputs(q, k, v))}
 

@@ -17,7 +17,7 @@ from gate4d.statistics.logits import mean_logits
 
 from ..models import ModuleDecoder, StreamBlock, Vggt
 from ..rows.target import TargetRow
-from .work import Run, Setup, Variants, Work, compare
+from .work import Setup, Variant, Variants, Work, compare
 
 STATE, IMAGE = 768, 577  # tokens of CUT3R's state, and of a 384 x 384 image with the pose token
 
@@ -45,7 +45,7 @@ def _vggt4d(s: Setup, frames: int, peaks: dict[str, int]) -> Variants:
     return {"vggt4d": patched}, {"vggt": plain}, check
 
 
-def _peak(s: Setup, name: str, step: Run, peaks: dict[str, int]):
+def _peak(s: Setup, name: str, step: Variant, peaks: dict[str, int]):
     """A step's result; its peak memory is kept."""
     if s.device != "cuda":
         return step()
@@ -77,7 +77,7 @@ def _stream(s: Setup) -> Variants:
     """Latency of a frame once 200 have passed, against once 20 have; a window of 8 frames and one anchor."""
     layers, dim, heads = max(2, 24 // s.unit), s.model["width"], s.model["heads"]
 
-    def after(frames: int) -> tuple[nn.ModuleList, Run]:
+    def after(frames: int) -> tuple[nn.ModuleList, Variant]:
         torch.manual_seed(0)
         blocks = nn.ModuleList(StreamBlock(dim, heads, window=8, anchors=1) for _ in range(layers)).to(
             s.device, s.dtype
@@ -159,7 +159,7 @@ def _recurrent(s: Setup) -> Variants:
     return {"TTT3R": slow}, {"CUT3R": fast}, check
 
 
-def _graphed(s: Setup, run: Callable[[], Tensor]) -> tuple[Run, Callable[[], Tensor]]:
+def _graphed(s: Setup, run: Callable[[], Tensor]) -> tuple[Variant, Callable[[], Tensor]]:
     """``run`` recorded in a CUDA graph: its replay, and how to read the result. Called directly elsewhere."""
     if s.device != "cuda":
         last: list[Tensor] = []

@@ -14,9 +14,9 @@ from ..registry import SHAPES
 from ..rows.target import TargetRow
 
 SHAPE = SHAPES["vggt.global"]
-Run = Callable[[], object]
+Variant = Callable[[], object]
 # ours, peers, and the check that raises if ours is wrong; the first of ours is what a user gets who asks for nothing
-Variants = tuple[dict[str, Run], dict[str, Run], Callable[[], None]]
+Variants = tuple[dict[str, Variant], dict[str, Variant], Callable[[], None]]
 DEFAULT = "default"  # the backend that is taken by itself
 
 

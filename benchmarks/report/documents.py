@@ -9,7 +9,7 @@ from gate4d.terminal import markdown_table, wrapped
 from gate4d.terminal import table as lines_of
 
 from ..measure.resident import MIB
-from .results import KINDS
+from .result_files import KINDS
 
 _COLUMNS = "<4 <37 >11 >7 >13 >8"
 

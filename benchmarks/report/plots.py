@@ -1,11 +1,11 @@
-"""Pictures of a :class:`.processes.Study`: speed, latency and memory against the number of frames."""
+"""Pictures of a :class:`.curves.Study`: speed, latency and memory against the number of frames."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from ..measure.processes import Curve, Point, Study
+from ..measure.curves import Curve, Point, Study
 from ..measure.resident import MIB
 
 # gate4d is blue everywhere, what holds maps red, dense masks orange, un-gated attention grey; markers serve print

@@ -13,7 +13,8 @@ import torch
 
 from ..check import WrongResult
 from ..measure import processes
-from ..measure.processes import Contestant, Limits, Study
+from ..measure.curves import Study
+from ..measure.processes import Contestant, Limits
 from ..report import plots
 from ..rows.target import one_line
 from . import backbones, predictions

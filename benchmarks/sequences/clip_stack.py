@@ -16,6 +16,7 @@ from torch import Tensor
 from gate4d import MotionGate, Visibility, gated_attention
 
 from ..measure import processes
+from ..measure.curves import Study
 from ..models import AlternatingStack, Attend, Implementation
 
 
@@ -100,7 +101,7 @@ def measure(
     limits: processes.Limits,
     progress: processes.Progress = lambda share, text: None,
     implementations: Sequence[str] = tuple(IMPLEMENTATIONS),
-) -> tuple[processes.Study, float]:
+) -> tuple[Study, float]:
     """Measure every implementation at every count; see :func:`.processes.measure`.
 
     Returns the study, and the relative difference between the gated and the un-gated output at the first count:

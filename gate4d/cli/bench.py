@@ -74,9 +74,9 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _read(path: Path) -> dict:
-    from gate4d.benchmarks.report import results
+    from gate4d.benchmarks.report import result_files
 
-    return results.read(path, "targets", "systems", "sequences")
+    return result_files.read(path, "targets", "systems", "sequences")
 
 
 def _show(args: argparse.Namespace) -> int:
@@ -108,10 +108,10 @@ def _agrees(args: argparse.Namespace, result: dict) -> bool:
 
 def _about(args: argparse.Namespace, threads: int, effort: str | None = None) -> dict:
     """The envelope of the results, whose heading is printed above them."""
-    from gate4d.benchmarks.report import documents, results
+    from gate4d.benchmarks.report import documents, result_files
 
-    about = results.envelope(args.what, threads)
-    about |= {"effort": effort or _effort(args), **results.served_by(args.backend)}
+    about = result_files.envelope(args.what, threads)
+    about |= {"effort": effort or _effort(args), **result_files.served_by(args.backend)}
     for line in documents.heading(about):
         print("\n".join(wrapped(line, then="    ")))
     return about
@@ -122,10 +122,10 @@ def _effort(args: argparse.Namespace) -> str:
 
 
 def _finish(args: argparse.Namespace, result: dict, file: Path | None, *, note: str = "") -> None:
-    from gate4d.benchmarks.report import results
+    from gate4d.benchmarks.report import result_files
 
     if file is not None:
-        results.write(file, result)
+        result_files.write(file, result)
         print(f"written to {file}{note}")
 
 
@@ -184,12 +184,12 @@ def _peers(args: argparse.Namespace) -> int:
 
 
 def _suite(args: argparse.Namespace) -> int:
-    from gate4d.benchmarks.report import results
+    from gate4d.benchmarks.report import result_files
     from gate4d.benchmarks.suite import baseline
 
     tolerance = baseline.TOLERANCE if args.tolerance is None else args.tolerance
     file = args.baseline or (baseline.STORED if baseline.STORED.exists() else None)
-    stored = None if file is None else results.read(file, "suite")
+    stored = None if file is None else result_files.read(file, "suite")
     threads = _threads(args.threads)
     about = _about(args, threads, effort="quick")
     cases, status = baseline.run_suite(threads, args.only)

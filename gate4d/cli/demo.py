@@ -49,7 +49,7 @@ def run(args: argparse.Namespace) -> int:
     from gate4d.benchmarks.measure import processes
     from gate4d.benchmarks.measure.resident import available_memory
     from gate4d.benchmarks.models import SPECIAL_TOKENS
-    from gate4d.benchmarks.report import results
+    from gate4d.benchmarks.report import result_files
     from gate4d.benchmarks.sequences import clip_stack, trained
     from gate4d.data import read_clip, render_clip
     from gate4d.data.clip import fitted_size
@@ -94,7 +94,7 @@ def run(args: argparse.Namespace) -> int:
         )  # fmt: skip
         show("writing the report", done=steps)
         served = _backend()
-        about = results.envelope("demo", study.threads) | {
+        about = result_files.envelope("demo", study.threads) | {
             "weights": "random",
             "trained": {"weights": args.weights, "runs": [o.figures() for o in outcomes]} if outcomes else None,
             "model": {"pairs": args.pairs, "heads": 16, "head_dim": 64, "special_tokens": SPECIAL_TOKENS},
@@ -102,7 +102,7 @@ def run(args: argparse.Namespace) -> int:
             "gate4d_backend": served,
         }
         with demo_report.written_at_once(args.out) as folder:
-            results.write(folder / "figures.json", demo_report.figures(study, gate_effect, clip, about))
+            result_files.write(folder / "figures.json", demo_report.figures(study, gate_effect, clip, about))
             subtitle = f"{args.pairs} frame + {args.pairs} clip block, 16 heads x 64, fp32, random weights"
             subtitle += f", {study.threads} threads, gate4d's {served['name']} backend"
             demo_report.draw_curves(folder / "curves.png", study, subtitle)

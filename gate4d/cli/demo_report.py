@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from gate4d.benchmarks.measure.processes import Study
+from gate4d.benchmarks.measure.curves import Study
 from gate4d.benchmarks.measure.resident import MIB
 from gate4d.benchmarks.report import plots
 from gate4d.benchmarks.sequences.trained import Outcome, in_units

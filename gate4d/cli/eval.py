@@ -41,9 +41,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """0 if a row was measured (rows without weights are skipped and say so), 1 if none was."""
     if args.markdown is not None:
-        from gate4d.benchmarks.report import documents, results
+        from gate4d.benchmarks.report import documents, result_files
 
-        text = markdown(results.read(args.markdown, "eval"))
+        text = markdown(result_files.read(args.markdown, "eval"))
         if args.into is None:
             print(text, end="")
         else:
@@ -55,7 +55,7 @@ def run(args: argparse.Namespace) -> int:
 
     import torch
 
-    from gate4d.benchmarks.report import results
+    from gate4d.benchmarks.report import result_files
     from gate4d.data.procedural import evaluation_clips
     from gate4d.evaluation.study import Row, measure
     from gate4d.evaluation.systems import systems
@@ -85,13 +85,13 @@ def run(args: argparse.Namespace) -> int:
                 clips[count, wanted[-1]] = list(evaluation_clips(max(wanted), *args.size, count=count))
             model = models[system.weights]
             measured += measure(system, model, clips[count, wanted[-1]], wanted, lambda: show(advance=1))
-    result = results.envelope("eval", torch.get_num_threads()) | {
+    result = result_files.envelope("eval", torch.get_num_threads()) | {
         "seconds": round(time.perf_counter() - began, 1), "size": list(args.size), "clips": args.clips,
         "long_clips": args.long_clips, "weights": about, "rows": [row.as_dict() for row in measured],
     }  # fmt: skip
     print("\n".join(table(result)))
     if args.json is not None:
-        results.write(args.json, result)
+        result_files.write(args.json, result)
         print(f"written to {args.json}")
     return int(all(row.skipped for row in measured))
 

@@ -16,7 +16,7 @@ import torch
 from gate4d.benchmarks import check, inputs, peers
 from gate4d.benchmarks.measure import memory, resident, rounds
 from gate4d.benchmarks.registry import SHAPES, AttentionShape
-from gate4d.benchmarks.report import agreement, documents, results
+from gate4d.benchmarks.report import agreement, documents, result_files
 from gate4d.benchmarks.rows import attention_rows, target
 from gate4d.cli.main import main
 
@@ -217,7 +217,7 @@ def test_every_row_is_measured_and_fits_80_columns(monkeypatch, capsys, tmp_path
     assert main(["bench", "--quick", *options]) == 0  # a target missed is a result, not a failure
     out = capsys.readouterr().out
     assert all(len(line) <= 80 for line in out.splitlines() if "--json" not in line and str(tmp_path) not in line)
-    result = results.read(file)
+    result = result_files.read(file)
     assert {"schema", "date", "command", "effort", "threads", "backend", "hardware", "versions", "rows"} <= set(result)
     assert result["threads"] == 1
     assert result["versions"]["torch"] == torch.__version__
@@ -306,7 +306,7 @@ def test_targets_are_listed_and_registered_once(capsys):
 
 
 def _result(**changes):
-    about = results.envelope("targets", 1) | {"effort": "tiny", **results.served_by("reference")}
+    about = result_files.envelope("targets", 1) | {"effort": "tiny", **result_files.served_by("reference")}
     row = target.TargetRow("C1", "a | b", ratio=0.5, target=0.85, spread=0.01, medians={"x": 0.1}, times={"x": [0.1]})
     return json.loads(json.dumps({**about, "rows": [replace(row, **changes).as_dict()]}))
 
@@ -388,5 +388,5 @@ def test_the_document_shows_the_committed_results():
     text = (root / "BENCHMARKS.md").read_text()
     shown = text.partition("<!-- begin: gate4d bench -->\n")[2].partition("<!-- end: gate4d bench -->")[0]
     files = sorted((root / "benchmarks" / "results").glob("cpu-*.json"))
-    wanted = [documents.markdown(results.read(file)) for file in files] or ["Not measured yet.\n"]
+    wanted = [documents.markdown(result_files.read(file)) for file in files] or ["Not measured yet.\n"]
     assert shown in wanted

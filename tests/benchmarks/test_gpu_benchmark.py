@@ -15,7 +15,7 @@ import torch
 from gate4d.benchmarks.gpu.__main__ import main, measure, measured, plan, run, table
 from gate4d.benchmarks.gpu.attention_works import _received
 from gate4d.benchmarks.gpu.work import TINY, Work
-from gate4d.benchmarks.report import results
+from gate4d.benchmarks.report import result_files
 from gate4d.benchmarks.rows.target import TargetRow
 
 
@@ -38,7 +38,7 @@ def row(work: Work) -> list[TargetRow]:
 
 
 def about() -> dict:
-    return results.envelope("gpu", 1, command="a test")
+    return result_files.envelope("gpu", 1, command="a test")
 
 
 def measured_by(clock: Clock, seen: list[str]):
@@ -56,7 +56,7 @@ def test_slices_resume_until_everything_is_measured(tmp_path: Path) -> None:
     options = {"measure": measured_by(clock, seen), "clock": clock, "about": about}
     run(todo, out, 1.0, resume=False, **options)
     assert seen == ["W0", "W2"]  # 40 s and what still fits a minute
-    assert [r["id"] for r in results.read(out, "gpu")["rows"]] == ["W0", "W2"]
+    assert [r["id"] for r in result_files.read(out, "gpu")["rows"]] == ["W0", "W2"]
     run(todo, out, 1.0, resume=True, **options)
     result = run(todo, out, 1.0, resume=True, **options)
     assert seen == ["W0", "W2", "W1", "W3"]

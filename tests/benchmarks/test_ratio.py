@@ -6,13 +6,13 @@ import pytest
 
 from gate4d.benchmarks.measure.ratio import faster_half, paired, paired_difference, separate
 from gate4d.benchmarks.measure.rounds import Comparison
-from gate4d.benchmarks.report import results
+from gate4d.benchmarks.report import result_files
 
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
 ROWS = [
     pytest.param(row, id=f"{file.stem} {row['id']} {row['what']}")
     for file in sorted(RESULTS.glob("cpu-*.json"))
-    for row in results.read(file, "targets", "systems")["rows"]
+    for row in result_files.read(file, "targets", "systems")["rows"]
     if len(row["times"]) > 1
 ]
 
@@ -49,7 +49,7 @@ def test_paired_ratios_of_committed_rows(row):
 
 def test_separate_ratios_of_committed_curves():
     count = 0
-    for data in results.read(RESULTS / "sequences-cpu-2t.json", "sequences")["backbones"].values():
+    for data in result_files.read(RESULTS / "sequences-cpu-2t.json", "sequences")["backbones"].values():
         times = {c: {p["frames"]: p["times"] for p in curve["points"]} for c, curve in data["curves"].items()}
         for peer, ratios in data["time_ratios"].items():
             for frames, ratio in ratios.items():

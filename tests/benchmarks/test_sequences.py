@@ -9,8 +9,8 @@ import torch
 
 from gate4d.benchmarks import peers, registry
 from gate4d.benchmarks.check import WrongResult, expected_forward
-from gate4d.benchmarks.measure.processes import Curve, Point, Study
-from gate4d.benchmarks.report import agreement, plots, results, sequence_tables
+from gate4d.benchmarks.measure.curves import Curve, Point, Study
+from gate4d.benchmarks.report import agreement, plots, result_files, sequence_tables
 from gate4d.benchmarks.rows import catalogue, peer_rows, target
 from gate4d.benchmarks.sequences import backbone_curves, backbones, counted, predictions
 from gate4d.benchmarks.sequences.contestants import SEQUENCES, case_of
@@ -142,7 +142,7 @@ def test_tables_markdown_and_pictures(found, tmp_path, monkeypatch):
     assert max(map(len, [*lines, *sequence_tables.gpu_table()])) <= 80
     assert "maps stopped at 8 frames: out of memory, limit 2.0 GiB." in lines
     assert any(line.startswith("PREDICTED, not measured") for line in lines)
-    about = results.envelope("sequences", 2) | {"effort": "quick", **results.served_by("auto")}
+    about = result_files.envelope("sequences", 2) | {"effort": "quick", **result_files.served_by("auto")}
     result = {**about, "backbones": {"recurrent": data}, "max_bytes": 2 << 30, "pictures": ["s-recurrent"]}
     (tmp_path / "s.json").write_text(json.dumps(result))
     document = tmp_path / "DOC.md"
@@ -207,13 +207,22 @@ def test_peers_compute_an_operation(operation, monkeypatch):
 
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
-@pytest.mark.parametrize("case", [{"gate": "keys"}, {"gate": "drop"}, {"visible": "frame_causal", "window": 1}])
-def test_flex_attention_with_masks(case):
+@pytest.mark.parametrize(
+    ("case", "queries"),
+    [
+        ({"gate": "keys"}, 24),
+        ({"gate": "drop"}, 24),
+        ({"visible": "frame_causal", "window": 1}, 24),
+        ({"gate": "keys"}, 40),  # more queries than keys: scores of queries were read past their end
+        ({"gate": "drop"}, 40),
+    ],
+)
+def test_flex_attention_with_masks(case, queries):
     from torch.nn.attention.flex_attention import flex_attention
 
     from gate4d.benchmarks.inputs import make_inputs
 
-    x = make_inputs(registry.AttentionShape("t", 2, 16, 24, 24, 1, "tokens", 1, "t"), 3, **case)
+    x = make_inputs(registry.AttentionShape("t", 2, 16, queries, 24, 1, "tokens", 1, "t"), 3, **case)
     score_mod, block_mask = peers.flex_mods(x)
     out = flex_attention(x.q, x.k, x.v, score_mod=score_mod, block_mask=block_mask)
     expected_forward(x).verify("FlexAttention", (out,))
@@ -323,7 +332,7 @@ def test_the_document_shows_the_committed_results():
     edges = "<!-- begin: gate4d bench sequences -->\n", "<!-- end: gate4d bench sequences -->"
     shown = text.partition(edges[0])[2].partition(edges[1])[0]
     (file,) = (root / "benchmarks" / "results").glob("sequences-cpu-*.json")
-    result = results.read(file)
+    result = result_files.read(file)
     assert shown == sequence_tables.markdown(result)
     for picture in result["pictures"]:
         assert all((file.parent / f"{picture}.{kind}").exists() for kind in ("png", "svg"))

@@ -10,7 +10,8 @@ import torch
 from PIL import Image
 
 from gate4d.benchmarks.measure import processes, resident
-from gate4d.benchmarks.measure.processes import Contestant, Curve, Limits, Point, Study
+from gate4d.benchmarks.measure.curves import Curve, Point, Study
+from gate4d.benchmarks.measure.processes import Contestant, Limits
 from gate4d.benchmarks.report import plots
 
 HERE = "test_study:setup"

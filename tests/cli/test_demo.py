@@ -9,7 +9,8 @@ import torch
 from PIL import Image
 
 from gate4d import TokenLayout, Visibility
-from gate4d.benchmarks.measure.processes import Curve, Limits, Point, Study
+from gate4d.benchmarks.measure.curves import Curve, Point, Study
+from gate4d.benchmarks.measure.processes import Limits
 from gate4d.benchmarks.models import SPECIAL_TOKENS, AlternatingStack
 from gate4d.benchmarks.sequences import clip_stack
 from gate4d.benchmarks.sequences.clip_stack import (
