@@ -14,7 +14,7 @@ from gate4d import MotionGate, TokenLayout, Visibility
 
 from ..inputs import Inputs
 from ..peers import PEERS, motion_score_mod
-from .work import DEFAULT, Setup, Variant, Work, check_gradients, check_rows, compare
+from .work import DEFAULT, Setup, Variant, Work, check_gradients, check_rows, compare, default
 
 SDPA = {
     "flash": SDPBackend.FLASH_ATTENTION,
@@ -54,7 +54,8 @@ def _forward(s: Setup, tokens: int, kind: str = "pairwise", fraction: float = 0.
     visible = Visibility.frame_causal(TokenLayout(frames, s.frame, 5)) if frames else None
     call = partial(gate4d.gated_attention, q, k, v, gate=gate, visible=visible)
     named = [s.kernel, *({"drop": ["sdpa_compacted"], "keys": ["sdpa_folded"]}.get(kind, []))]
-    ours: dict[str, Variant] = {DEFAULT: call, **{b: partial(call, backend=b) for b in named}}
+    ours: dict[str, Variant] = {default(q, k, v, gate=gate, visible=visible): call}
+    ours |= {backend: partial(call, backend=backend) for backend in named}
     if peer == "flex":
         from torch.nn.attention.flex_attention import flex_attention
 
@@ -104,7 +105,7 @@ def _backward(s: Setup, tokens: int, gate_gradients: bool):
         check_rows(out, q, k, v, gate, None)
         check_gradients(s, out, q, k, v, motion, names)
 
-    return {DEFAULT: backward(out, *((q, k, v, motion)[: len(names)]))}, peers, check
+    return {default(q, k, v, gate=gate): backward(out, *((q, k, v, motion)[: len(names)]))}, peers, check
 
 
 def _received(s: Setup, tokens: int, peer: str | None = None):

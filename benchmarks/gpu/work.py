@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+import gate4d
 from gate4d import MotionGate, Visibility
 
 from ..registry import SHAPES
@@ -18,6 +19,11 @@ Variant = Callable[[], object]
 # ours, peers, and the check that raises if ours is wrong; the first of ours is what a user gets who asks for nothing
 Variants = tuple[dict[str, Variant], dict[str, Variant], Callable[[], None]]
 DEFAULT = "default"  # the backend that is taken by itself
+
+
+def default(q: Tensor, k: Tensor, v: Tensor, **call) -> str:
+    """The name of the default for a call of gated_attention: which backend that is."""
+    return f"{DEFAULT} ({gate4d.explain(q, k, v, **call).partition(':')[0].removeprefix('auto takes ')})"
 
 
 @dataclass(frozen=True)

@@ -17,8 +17,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from gate4d.kernels.attention.backends import explain, select
-from gate4d.kernels.attention.op import Request
+from gate4d import MotionGate, Visibility, explain, gated_attention
 
 from .. import machine
 
@@ -59,14 +58,17 @@ def envelope(kind: str, threads: int, *, command: str | None = None) -> dict[str
     }
 
 
-def served_by(backend: str) -> dict[str, Any]:
-    """Contents: the backend that serves a gated call on this machine, and what every backend says of it.
+def served_by(backend: str, visible: Visibility | None = None) -> dict[str, Any]:
+    """Contents: the backend that serves a gated call of 64 channels in fp32 here, and what every backend says of it.
 
     Raises:
         ValueError, NotImplementedError: as :func:`gate4d.gated_attention` for ``backend``.
     """
-    request = Request("cpu", torch.float32, 64, 64, gate="pairwise")
-    return {"backend": select(backend, request).name, "backends": explain(request).splitlines()}
+    x, gate = torch.zeros(1, 1, 1, 64), MotionGate.pairwise(torch.zeros(1, 1))
+    gated_attention(x, x, x, gate=gate, visible=visible, backend=backend)
+    auto, *reasons = explain(x, x, x, gate=gate, visible=visible).splitlines()
+    chosen = auto.removeprefix("auto takes ").removesuffix(":") if backend == "auto" else backend
+    return {"backend": chosen, "backends": reasons}
 
 
 def write(path: Path, result: dict[str, Any]) -> None:

@@ -8,10 +8,6 @@ import math
 import time
 from pathlib import Path
 
-import torch
-
-from gate4d.kernels.attention import backends
-from gate4d.kernels.attention.op import Request
 from gate4d.terminal import field, progress
 
 
@@ -46,6 +42,7 @@ def run(args: argparse.Namespace) -> int:
     begin = time.perf_counter()
     _check(args)
     # Late imports: bad options are refused at once.
+    from gate4d import Visibility
     from gate4d.benchmarks.measure import processes
     from gate4d.benchmarks.measure.resident import available_memory
     from gate4d.benchmarks.models import SPECIAL_TOKENS
@@ -93,7 +90,7 @@ def run(args: argparse.Namespace) -> int:
             lambda share, text: show(text, done=int(share * steps), passing=text.endswith("rounds")),
         )  # fmt: skip
         show("writing the report", done=steps)
-        served = _backend()
+        served = _backend(result_files.served_by("auto", Visibility.packed([0, 1])))
         about = result_files.envelope("demo", study.threads) | {
             "weights": "random",
             "trained": {"weights": args.weights, "runs": [o.figures() for o in outcomes]} if outcomes else None,
@@ -173,13 +170,12 @@ def _check(args: argparse.Namespace) -> None:
             raise ValueError(f"--{name.replace('_', '-')} must be positive, got {value:g}.")
     if not (math.isfinite(args.strength) and args.strength >= 0):
         raise ValueError(f"--strength must be finite and >= 0, got {args.strength}.")
-    missing = [m for m in ("rich", "matplotlib") if importlib.util.find_spec(m) is None]
-    if missing:
-        raise ImportError(f"The demo needs {' and '.join(missing)}: pip install 'gate4d[demo]'.")
+    if importlib.util.find_spec("matplotlib") is None:
+        raise ImportError("The demo needs matplotlib: pip install 'gate4d[demo]'.")
 
 
-def _backend() -> dict[str, str | None]:
+def _backend(served: dict) -> dict[str, str | None]:
     """Which backend serves the demo's calls, and why the compiled one does not, if so."""
-    request = Request("cpu", torch.float32, 64, 64, gate="pairwise", masked=True)
-    reasons = backends.BACKENDS["cpu"].not_supported_reasons(request)
-    return {"name": backends.select("auto", request).name, "why_not_cpu": "; ".join(reasons) or None}
+    said = next(line.strip() for line in served["backends"] if line.strip().startswith("cpu:"))
+    why = said.removeprefix("cpu: ")
+    return {"name": served["backend"], "why_not_cpu": None if why == "can run" else why}

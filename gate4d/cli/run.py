@@ -181,9 +181,8 @@ def _check(args: argparse.Namespace) -> None:
         torch.empty(0, device=args.device)
     except (RuntimeError, AssertionError) as e:  # torch's way to say that there is no such device
         raise ValueError(f"--device {args.device} cannot be used: {str(e).splitlines()[0]}") from None
-    missing = [package for package in ("rich", "PIL") if importlib.util.find_spec(package) is None]
-    if missing:
-        raise ImportError(f"gate4d run needs {' and '.join(missing)}: pip install 'gate4d[methods]'.")
+    if importlib.util.find_spec("PIL") is None:
+        raise ImportError("gate4d run needs PIL: pip install 'gate4d[methods]'.")
 
 
 def _peak_bytes(device: str) -> int:
