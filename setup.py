@@ -14,7 +14,6 @@ from setuptools import find_packages, setup
 
 ROOT = Path(__file__).parent
 REPORT = ROOT / "gate4d" / "_build_report.json"
-EXPERIMENTS = {"hopper_forward.cu"}  # built by benchmarks/gpu alone
 STABLE_ABI = "-DTORCH_TARGET_VERSION=0x020a000000000000"  # runs on every torch from 2.10 on
 
 
@@ -47,7 +46,7 @@ def build_options() -> dict:
         link += flags
     compile_args = {"cxx": cxx}
     extension, files = cpp_extension.CppExtension, sources(".", "*.cpp") + sources("cpu", "*.cpp")
-    cuda_sources = [s for s in sources("cuda", "*.cu") if Path(s).name not in EXPERIMENTS]
+    cuda_sources = sources("cuda", "*.cu")
     if cuda_sources and _has_cuda(cpp_extension):
         extension = cpp_extension.CUDAExtension
         files += cuda_sources

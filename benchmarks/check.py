@@ -17,7 +17,7 @@ from torch import Tensor
 
 from gate4d import MotionGate, Visibility, gated_attention
 
-from .cases import Inputs
+from .inputs import Inputs
 from .peers import eager_attention
 
 _ROW_BLOCK = 16  # one query in each block of 16 is compared: every tile of every kernel is sampled

@@ -1,6 +1,6 @@
 """The implementations compared, each called as its users call it.
 
-A builder takes :class:`~gate4d.benchmarks.cases.Inputs`, prepares what may be prepared once (the gate, a dense bias,
+A builder takes :class:`~gate4d.benchmarks.inputs.Inputs`, prepares what may be prepared once (the gate, a dense bias,
 compilation) and returns a step: a callable without arguments that gives the tuple of results.
 """
 
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from gate4d import gated_attention
 
-from .cases import Inputs
+from .inputs import Inputs
 
 Step = Callable[[], tuple[Tensor, ...]]
 
@@ -75,7 +75,7 @@ def flex_mods(x: Inputs) -> tuple[Callable[..., Tensor] | None, object]:
 
     score_mod = mask_mod = None
     if x.motion is not None:
-        a = torch.ones_like(x.motion) if x.keys_only else 1 - x.motion
+        a = x.motion.new_ones(len(x.motion), x.q.shape[2]) if x.keys_only else 1 - x.motion  # [B, Nq]
         score_mod = motion_score_mod(a, x.motion)
     if x.dropped is not None:
         kept = ~x.dropped

@@ -124,7 +124,7 @@ class Operation:
         name: the key in :data:`OPERATIONS`.
         what: one line.
         shape, frames: default size, a name of :data:`SHAPES`.
-        gate, visible, window: of :func:`.cases.make_inputs`; ``gate`` None for operations that are no attention call.
+        gate, visible, window: of :func:`.inputs.make_inputs`; ``gate`` None for operations that are no attention call.
         backward: gradients for q, k, v and the motion scores as well.
         targets: the targets that measure it.
     """

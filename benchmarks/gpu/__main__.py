@@ -3,141 +3,117 @@
 from __future__ import annotations
 
 import argparse
-import json
-import platform
-import statistics
+import shlex
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
-from functools import partial
 from pathlib import Path
 
 import torch
 
-from .targets import Step, Work, plan
+from gate4d.terminal import progress
+
+from ..measure import gpu
+from ..report import documents, result_files
+from ..rows.target import TargetRow
+from . import attention_works, pipelines
+from .work import FULL, Setup, Variant, Work
 
 ROOT = Path(__file__).resolve().parents[2]
 DEFAULT_OUT = ROOT / "benchmarks" / "results" / "gpu.json"
-QUERY = "name,driver_version,clocks.sm,clocks.mem,clocks.max.sm,power.draw,temperature.gpu"
+
+
+def plan(s: Setup = FULL) -> list[Work]:
+    """All measurements, the most wanted first."""
+    return [*attention_works.plan(s), *pipelines.plan(s)]
 
 
 def surroundings() -> dict:
-    """Device, versions and clocks."""
-    about = {"torch": torch.__version__, "cuda": torch.version.cuda, "python": platform.python_version()}
-    for module in ("triton", "flash_attn"):
-        try:
-            about[module] = __import__(module).__version__
-        except ImportError:
-            about[module] = None
-    if torch.cuda.is_available():
-        about["device"] = torch.cuda.get_device_name()
-        about["nvidia_smi"] = clocks()
-    return about
+    """The envelope of the results."""
+    command = shlex.join(["python", "-m", "gate4d.benchmarks.gpu", *sys.argv[1:]])
+    return result_files.envelope("gpu", torch.get_num_threads(), command=command)
 
 
-def clocks() -> str:
-    """One line of nvidia-smi, or why there is none."""
-    try:
-        command = ["nvidia-smi", f"--query-gpu={QUERY}", "--format=csv,noheader"]
-        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout.strip()
-    except (OSError, subprocess.SubprocessError) as e:
-        return f"not available: {e}"
+def measure(work: Work, timer: Callable[[Variant], float] = gpu.sample) -> list[TargetRow]:
+    """Check, then time in turns. A peer that cannot run is recorded with its error; ours failing fails the measurement.
 
-
-def time_step(step: Step) -> list[float]:
-    """Milliseconds of every repetition, by CUDA events, the cache flushed between them."""
-    import triton.testing
-
-    return triton.testing.do_bench(step, warmup=50, rep=300, return_mode="all")
-
-
-def time_few(step: Step, repeats: int) -> list[float]:
-    """Milliseconds of ``repeats`` runs of a long step, which the check has already warmed."""
-    if not torch.cuda.is_available():  # a dry run
-        return [_seconds(step) * 1e3 for _ in range(repeats)]
-    times = []
-    for _ in range(repeats):
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
-        step()
-        end.record()
-        end.synchronize()
-        times.append(begin.elapsed_time(end))
-    return times
-
-
-def _seconds(step: Step) -> float:
-    begin = time.perf_counter()
-    step()
-    return time.perf_counter() - begin
-
-
-def measure(work: Work, timer: Callable[[Step], list[float]] = time_step) -> dict:
-    """Check, then time. A peer that cannot run is recorded with its error; ours failing fails the measurement."""
+    The row's ratio is that of the first of ours, the default, to the fastest peer; the best of ours is in the note.
+    """
     torch.manual_seed(0)
     ours, peers, check = work.build()
     check()
+    rounds = gpu.ROUNDS
     if work.repeats is not None:
-        timer = partial(time_few, repeats=work.repeats)
-    times: dict[str, list[float]] = {name: timer(step) for name, step in ours.items()}
-    failed: dict[str, str] = {}
-    for name, step in peers.items():
-        try:
-            times[name] = timer(step)
-        except (RuntimeError, ValueError, TypeError) as e:
-            failed[name] = " ".join(str(e).split())[:300]
-    medians = {name: statistics.median(t) for name, t in times.items()}
-    best = min((n for n in peers if n in medians), key=medians.__getitem__, default=None)
-    ratio = None if best is None else min(medians[n] for n in ours) / medians[best]
-    spreads = {n: (max(t) - min(t)) / medians[n] for n, t in times.items()}
-    return {
-        "id": work.id, "limit": work.limit, "ratio": ratio, "best_peer": best, "median_ms": medians,
-        "relative_range": spreads, "times_ms": times, "failed_peers": failed, **work.extra(),
-    }  # fmt: skip
+        timer, rounds = gpu.single, work.repeats
+    timed, failed = gpu.compare({**ours, **peers}, optional=peers, rounds=rounds, timer=timer)
+    medians, default = timed.medians(), next(iter(ours))
+    against = {name: timed.ratio(default, name).median for name in peers if name in medians}
+    id, _, what = work.id.partition(" ")
+    row = TargetRow(id, what, None, work.limit, medians=medians, times=timed.times)
+    row.peers = {**against, **{name: f"failed, {error}" for name, error in failed.items()}}
+    notes = timed.warnings()
+    if against:
+        fastest, best = (min(names, key=medians.__getitem__) for names in (against, ours))
+        row.ratio, row.spread = timed.ratio(default, fastest)
+        note = f"{default} / {fastest}"
+        if len(ours) > 1:
+            note += f"; best of ours: {best}, {timed.ratio(best, fastest).median:.3f}"
+        notes = [note, *notes]
+    row.note = "; ".join(notes)
+    return [row, *work.extra()]
 
 
 def run(
     works: Sequence[Work], out: Path, minutes: float, *, resume: bool,
-    measure: Callable[[Work], dict] = measure,
-    clock: Callable[[], float] = time.monotonic, about: Callable[[], dict] = surroundings,
+    measure: Callable[[Work], list[TargetRow]] = measure,
+    clock: Callable[[], float] = time.monotonic,
+    about: Callable[[], dict] = surroundings,
 ) -> dict:  # fmt: skip
     """Measure what is not in ``out`` yet and fits the time; the file is written after every measurement.
 
-    A measurement that failed is tried again by the next slice.
+    A measurement that failed is tried again by the next slice. ``slices`` are the surroundings of each of them.
     """
-    result = json.loads(out.read_text()) if resume and out.exists() else {"surroundings": [], "rows": {}, "errors": {}}
-    result["surroundings"].append(about())
+    now = about()
+    before = result_files.read(out, "gpu") if resume and out.exists() else {"rows": [], "slices": []}
+    slice = {name: now[name] for name in ("date", "hardware", "versions")}
+    result = {**now, "slices": [*before["slices"], slice], "rows": before["rows"]}
     end = clock() + 60 * minutes
-    waiting = [w for w in works if w.id not in result["rows"]]
-    for work in waiting:
-        if clock() + work.seconds > end:
-            continue
-        try:
-            result["rows"][work.id] = measure(work)
-            result["errors"].pop(work.id, None)
-        except Exception as e:  # the other measurements are worth having
-            result["errors"][work.id] = f"{type(e).__name__}: {' '.join(str(e).split())[:500]}"
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(json.dumps(result, indent=1) + "\n")
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+    waiting = [w for w in works if w.id not in measured(result)]
+    with progress(total=len(waiting)) as show:
+        for n, work in enumerate(waiting):
+            if clock() + work.seconds > end:
+                continue
+            show(work.id, done=n)
+            try:
+                found = measure(work)
+            except Exception as e:  # the other measurements are worth having
+                id, _, what = work.id.partition(" ")
+                found = [TargetRow(id, what, error=f"{type(e).__name__}: {' '.join(str(e).split())[:500]}")]
+            result["rows"] = [row for row in result["rows"] if name_of(row) != work.id]
+            result["rows"] += [row.as_dict() for row in found]
+            out.parent.mkdir(parents=True, exist_ok=True)
+            result_files.write(out, result)
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
     return result
 
 
+def name_of(row: dict) -> str:
+    """The measurement that a row is of."""
+    return f"{row['id']} {row['what']}".rstrip()
+
+
+def measured(result: dict) -> set[str]:
+    """What was measured without an error."""
+    return {name_of(row) for row in result["rows"] if row["error"] is None}
+
+
 def table(works: Sequence[Work], result: dict) -> str:
-    """A line a measurement."""
-    lines = [f"{'measurement':<36} {'ratio':>7} {'target':>7}  {'ours':>9} ms  against"]
-    for work in works:
-        row, error = result["rows"].get(work.id), result["errors"].get(work.id)
-        if row is None:
-            lines.append(f"{work.id:<36} {'FAILED: ' + error if error else 'not measured yet'}")
-            continue
-        ours = next(iter(row["median_ms"].values()))
-        ratio = "" if row["ratio"] is None else f"{row['ratio']:.3f}"
-        limit = "" if row["limit"] is None else f"{row['limit']:.2f}"
-        lines.append(f"{work.id:<36} {ratio:>7} {limit:>7}  {ours:>9.3f} ms  {row['best_peer']}")
-    return "\n".join(lines)
+    """The rows, and what is not measured yet."""
+    found = {name_of(row) for row in result["rows"]}
+    missing = [f"not measured yet: {work.id}" for work in works if work.id not in found]
+    return "\n".join([*documents.table(result), *missing])
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -172,9 +148,9 @@ def main(argv: list[str] | None = None) -> int:
     left = args.minutes - (time.monotonic() - started) / 60
     result = run(works, args.out, left, resume=args.resume)
     print(table(works, result))
-    if result["errors"]:
+    if any(row["error"] is not None for row in result["rows"]):
         return 1
-    return 3 if any(w.id not in result["rows"] for w in works) else 0
+    return 3 if any(w.id not in measured(result) for w in works) else 0
 
 
 if __name__ == "__main__":

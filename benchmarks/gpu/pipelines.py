@@ -5,48 +5,29 @@ The models have the sizes of VGGT and CUT3R and random weights. None of this has
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 import gate4d
-from gate4d.nn import CrossAttention, FrameKVCache, RoPE2D, SelfAttention
 from gate4d.statistics.logits import mean_logits
 
-from .targets import Setup, Step, Work, _compare
+from ..models import ModuleDecoder, StreamBlock, Vggt
+from ..rows.target import TargetRow
+from .work import Setup, Variant, Variants, Work, compare
 
-STANDINS = Path(__file__).resolve().parents[2] / "tests"
 STATE, IMAGE = 768, 577  # tokens of CUT3R's state, and of a 384 x 384 image with the pose token
-
-
-class Feed(nn.Module):
-    """Pre-norm MLP."""
-
-    def __init__(self, dim: int):
-        super().__init__()
-        self.norm, self.up, self.down = nn.LayerNorm(dim), nn.Linear(dim, 4 * dim), nn.Linear(4 * dim, dim)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x + self.down(F.gelu(self.up(self.norm(x))))
 
 
 # G8
 
 
-def _vggt4d(s: Setup, frames: int, peaks: dict[str, int]):
+def _vggt4d(s: Setup, frames: int, peaks: dict[str, int]) -> Variants:
     """VGGT4D, two passes and masks, against one plain pass of the same model."""
-    sys.path.insert(0, str(STANDINS))
-    try:
-        from standins.vggt import Vggt
-    finally:
-        sys.path.remove(str(STANDINS))
-    torch.manual_seed(0)
-    model = Vggt(**dict(s.model)).to(s.device, s.dtype).eval()
+    model = Vggt(**s.model).to(s.device, s.dtype).eval()
     images = torch.rand(frames, 3, s.image, s.image, device=s.device, dtype=s.dtype)
     plain = torch.no_grad()(partial(model, images[None]))
 
@@ -57,14 +38,14 @@ def _vggt4d(s: Setup, frames: int, peaks: dict[str, int]):
     def check() -> None:
         """The first pass is the plain model: its depth must be the same, up to rounding through all blocks."""
         got, want = _peak(s, "vggt4d", patched, peaks), _peak(s, "vggt", plain, peaks)
-        _compare("the depth", got.predictions["depth"], want["depth"].double(), 64)
+        compare("the depth", got.predictions["depth"], want["depth"].double(), 64)
         if not 0 < got.masks.masks.float().mean() < 1:
             raise AssertionError("the masks hold everything, or nothing")
 
     return {"vggt4d": patched}, {"vggt": plain}, check
 
 
-def _peak(s: Setup, name: str, step: Step, peaks: dict[str, int]):
+def _peak(s: Setup, name: str, step: Variant, peaks: dict[str, int]):
     """A step's result; its peak memory is kept."""
     if s.device != "cuda":
         return step()
@@ -74,44 +55,33 @@ def _peak(s: Setup, name: str, step: Step, peaks: dict[str, int]):
     return result
 
 
-def _memory(peaks: dict[str, int]) -> dict:
-    ratio = peaks["vggt4d"] / peaks["vggt"] if peaks else None
-    return {"peak_bytes": peaks, "memory_ratio": ratio, "memory_limit": 1.1}
+def _memory(what: str, peaks: dict[str, int]) -> list[TargetRow]:
+    """Nothing where there was no GPU to count on."""
+    if not peaks:
+        return []
+    return [TargetRow("G8", f"{what}, peak memory", peaks["vggt4d"] / peaks["vggt"], 1.1, peak_memory=dict(peaks))]
 
 
 def vggt4d_work(s: Setup, frames: int, seconds: float) -> Work:
     peaks: dict[str, int] = {}
-    build = partial(_vggt4d, s, frames, peaks)
-    return Work(
-        f"G8 VGGT4D, {frames} frames / VGGT", 1.7, build, seconds, 1 if frames > 300 else 3, partial(_memory, peaks)
-    )
+    what = f"VGGT4D, {frames} frames / VGGT"
+    build, repeats = partial(_vggt4d, s, frames, peaks), 1 if frames > 300 else 3
+    return Work(f"G8 {what}", 1.7, build, seconds, repeats, partial(_memory, what, peaks))
 
 
 # G9
 
 
-class StreamBlock(nn.Module):
-    """A global block of a streaming model with its cache."""
-
-    def __init__(self, dim: int, heads: int):
-        super().__init__()
-        self.norm, self.feed = nn.LayerNorm(dim), Feed(dim)
-        self.attn = SelfAttention(dim, heads, qk_norm=True, rope=RoPE2D())
-        self.cache = FrameKVCache(window=8, anchors=1)
-
-    def forward(self, x: Tensor, pos: Tensor) -> Tensor:
-        return self.feed(x + self.attn(self.norm(x), pos, cache=self.cache))
-
-
 @torch.no_grad()
-def _stream(s: Setup):
+def _stream(s: Setup) -> Variants:
     """Latency of a frame once 200 have passed, against once 20 have; a window of 8 frames and one anchor."""
-    size = dict(s.model)
-    layers, dim, heads = max(2, 24 // s.unit), size["dim"], size["heads"]
+    layers, dim, heads = max(2, 24 // s.unit), s.model["width"], s.model["heads"]
 
-    def after(frames: int) -> tuple[nn.ModuleList, Step]:
+    def after(frames: int) -> tuple[nn.ModuleList, Variant]:
         torch.manual_seed(0)
-        blocks = nn.ModuleList(StreamBlock(dim, heads) for _ in range(layers)).to(s.device, s.dtype)
+        blocks = nn.ModuleList(StreamBlock(dim, heads, window=8, anchors=1) for _ in range(layers)).to(
+            s.device, s.dtype
+        )
         side = int(s.frame**0.5) + 1
         index = torch.arange(s.frame, device=s.device)
         pos = torch.stack((index // side, index % side), -1)[None]
@@ -139,7 +109,7 @@ def _stream(s: Setup):
             ((k, v),) = cache.pages()
             q = torch.randn(1, heads, 64, dim // heads, device=s.device, dtype=s.dtype)
             want = F.scaled_dot_product_attention(q.double(), k.double(), v.double())
-            _compare("the attention to the cache", cache.attend(q), want, 4)
+            compare("the attention to the cache", cache.attend(q), want, 4)
 
     return {"frame 200": late[1]}, {"frame 20": early[1]}, check
 
@@ -147,40 +117,13 @@ def _stream(s: Setup):
 # G10
 
 
-class Decoder(nn.Module):
-    """CUT3R's pair of decoders: state and image look at themselves and at each other, layer by layer."""
-
-    def __init__(self, dim: int, heads: int, layers: int):
-        super().__init__()
-        self.layers = nn.ModuleList(nn.ModuleList(self._side(dim, heads) for _ in range(2)) for _ in range(layers))
-
-    @staticmethod
-    def _side(dim: int, heads: int) -> nn.ModuleDict:
-        rope = RoPE2D()
-        norms = {name: nn.LayerNorm(dim) for name in ("norm1", "norm2", "norm_y")}
-        attentions = {"self": SelfAttention(dim, heads, rope=rope), "cross": CrossAttention(dim, heads, rope=rope)}
-        return nn.ModuleDict({**norms, **attentions, "feed": Feed(dim)})
-
-    def forward(self, state: Tensor, image: Tensor, pos: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        for sides in self.layers:
-            both = state, image
-            state, image = (self._step(side, both[i], both[1 - i], pos[i], pos[1 - i]) for i, side in enumerate(sides))
-        return state, image
-
-    @staticmethod
-    def _step(side: nn.ModuleDict, x: Tensor, y: Tensor, xpos: Tensor, ypos: Tensor) -> Tensor:
-        x = x + side["self"](side["norm1"](x), xpos)
-        y = side["norm_y"](y)
-        return side["feed"](x + side["cross"](side["norm2"](x), y, y, xpos, ypos))
-
-
 @torch.no_grad()
-def _recurrent(s: Setup):
+def _recurrent(s: Setup) -> Variants:
     """A step of TTT3R against one of CUT3R: mean logits of every layer, rates, the mixed state."""
     torch.manual_seed(0)
     heads, dim = s.heads, s.heads * (48 if s.unit == 1 else 16)
     tokens = STATE // s.unit + 1, IMAGE // s.unit + 1
-    model = Decoder(dim, heads, max(2, 12 // s.unit)).to(s.device, s.dtype).eval()
+    model = ModuleDecoder(dim, heads, max(2, 12 // s.unit)).to(s.device, s.dtype).eval()
     state, image = (torch.randn(1, n, dim, device=s.device, dtype=s.dtype) for n in tokens)
     pos = tuple(torch.randint(0, 24, (1, n, 2), device=s.device) for n in tokens)
     means: list[Tensor] = []
@@ -209,14 +152,14 @@ def _recurrent(s: Setup):
         fast()
         want = torch.stack(means).double().mean(0).sigmoid()[..., None]
         mixed = want * fast_out().double() + (1 - want) * state.double()
-        _compare("the state", slow_out(), mixed, 8)
+        compare("the state", slow_out(), mixed, 8)
         if not (want > 0).logical_and(want < 1).all():
             raise AssertionError("a rate is not between 0 and 1")
 
     return {"TTT3R": slow}, {"CUT3R": fast}, check
 
 
-def _graphed(s: Setup, run: Callable[[], Tensor]) -> tuple[Step, Callable[[], Tensor]]:
+def _graphed(s: Setup, run: Callable[[], Tensor]) -> tuple[Variant, Callable[[], Tensor]]:
     """``run`` recorded in a CUDA graph: its replay, and how to read the result. Called directly elsewhere."""
     if s.device != "cuda":
         last: list[Tensor] = []
@@ -238,6 +181,7 @@ def _graphed(s: Setup, run: Callable[[], Tensor]) -> tuple[Step, Callable[[], Te
 
 
 def plan(s: Setup) -> list[Work]:
+    """The measurements of G8 to G10."""
     clips = ((50, 40), (200, 120), (500, 480)) if s.unit == 1 else ((5, 1),)
     return [
         *(vggt4d_work(s, frames, seconds) for frames, seconds in clips),

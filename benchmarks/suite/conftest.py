@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import pytest
 import torch
-from torch import Tensor
 
-from gate4d.benchmarks.timing import summary
+from gate4d.benchmarks.measure.ratio import paired
+from gate4d.benchmarks.peers import Step
 
-Step = Callable[[], Sequence[Tensor]]
 SECONDS, ROUNDS = 2.5, (7, 40)
 
 
@@ -39,7 +38,7 @@ def versus(benchmark, request) -> Callable[[Step, Step], None]:
         benchmark.group = request.node.path.stem
         benchmark.pedantic(ours, setup=before, rounds=rounds, warmup_rounds=1)
         times = benchmark.stats.stats.data
-        ratio, spread = summary([a / b for a, b in zip(times, theirs[-len(times) :], strict=True)])
+        ratio, spread = paired(times, theirs[-len(times) :])
         seconds = statistics.median(theirs)
         benchmark.extra_info.update(ratio=ratio, spread=spread, peer_seconds=seconds, rounds=rounds)
 

@@ -7,10 +7,10 @@ import torch
 
 from gate4d import gated_attention, received_attention
 from gate4d.benchmarks import peers
-from gate4d.benchmarks.cases import make_inputs
 from gate4d.benchmarks.check import Expected, expected_backward, expected_forward
+from gate4d.benchmarks.inputs import make_inputs
 from gate4d.benchmarks.registry import OPERATIONS, SHAPES
-from gate4d.benchmarks.rows import QUICK, Settings
+from gate4d.benchmarks.rows.target import QUICK, Conditions
 
 ATTENTION = [o for o in OPERATIONS.values() if o.gate is not None]
 
@@ -22,7 +22,7 @@ ATTENTION = [o for o in OPERATIONS.values() if o.gate is not None]
 )
 def test_attention(operation, dtype, versus):
     """Against SDPA with the dense bias, which is what users have for a gate; plain attention against plain SDPA."""
-    shape = Settings(QUICK).shape(operation.shape)
+    shape = Conditions(QUICK).shape(operation.shape)
     x = make_inputs(
         shape, operation.frames, dtype=dtype, gate=operation.gate, visible=operation.visible, window=operation.window,
         requires_grad=operation.backward,
@@ -44,7 +44,7 @@ def test_attention(operation, dtype, versus):
 @torch.no_grad()
 def test_received(versus):
     """Attention received per key, given lse, against the forward pass that gave it."""
-    x = make_inputs(Settings(QUICK).shape("vggt.global"), 4)
+    x = make_inputs(Conditions(QUICK).shape("vggt.global"), 4)
     _, aux = gated_attention(x.q, x.k, x.v, return_aux=True)
     found = received_attention(x.q, x.k, aux.lse)
     truth = received_attention(x.q.double(), x.k.double(), aux.lse.double(), backend="chunked")

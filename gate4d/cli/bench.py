@@ -5,18 +5,11 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
-import json
-import os
 import sys
-import textwrap
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from .terminal import terminal
-
-_WIDTH = 80
-_COLUMNS = "{:<4}{:<37}{:>11}{:>7}{:>13}{:>8}"
-
+from gate4d.terminal import WIDTH, progress, wrapped
 
 WHAT = {
     "targets": "every performance target beside its peers (default)",
@@ -67,183 +60,180 @@ def run(args: argparse.Namespace) -> int:
     if args.tolerance is not None and not args.tolerance >= 0:
         raise ValueError(f"--tolerance must be 0 or more (0.15 allows 15 %), got {args.tolerance:g}.")
     if args.against is not None:
-        from gate4d.benchmarks import report
-
         if args.what in ("peers", "suite"):
             raise ValueError(f"--against is for targets, systems and sequences, got {args.what!r} (suite: --baseline).")
-        report.load(args.against)  # a bad file is said before anything is measured
+        _read(args.against)  # a bad file is said before anything is measured
     if args.markdown is not None:
         return _show(args)
-    if args.json is not None and not args.json.absolute().parent.is_dir():
-        raise ValueError(f"--json must be in an existing folder, got {str(args.json)!r}.")
+    for name in ("json", "save"):
+        file = getattr(args, name)
+        if file is not None and not file.absolute().parent.is_dir():
+            raise ValueError(f"--{name} must be in an existing folder, got {str(file)!r}.")
     commands = {"sequences": _sequences, "peers": _peers, "suite": _suite}
     return commands.get(args.what, _targets)(args)
 
 
-def _show(args: argparse.Namespace) -> int:
-    from gate4d.benchmarks import report
+def _read(path: Path) -> dict:
+    from gate4d.benchmarks.report import result_files
 
-    result = report.load(args.markdown)
+    return result_files.read(path, "targets", "systems", "sequences")
+
+
+def _show(args: argparse.Namespace) -> int:
+    from gate4d.benchmarks.report import documents, sequence_tables
+
+    result = _read(args.markdown)
     if args.against is not None:
         return 0 if _agrees(args, result) else 1
-    text = report.markdown(result)
+    shown = sequence_tables if result["kind"] == "sequences" else documents
+    text = shown.markdown(result)
     if args.into is None:
         print(text, end="")
     else:
-        report.write_into(args.into, text, report.KINDS[report.kind(result)])
+        documents.write_into(args.into, text, result["kind"])
     return 0
 
 
 def _agrees(args: argparse.Namespace, result: dict) -> bool:
     """Print how far ``result`` is from the file of ``--against``; True without one."""
-    from gate4d.benchmarks import agreement, report
+    from gate4d.benchmarks.report import agreement
 
     if args.against is None:
         return True
     tolerance = agreement.TOLERANCE if args.tolerance is None else args.tolerance
-    lines, agree = agreement.compare(result, report.load(args.against), tolerance)
+    lines, agree = agreement.compare(result, _read(args.against), tolerance)
     print("\n" + "\n".join(lines))
     return agree
 
 
-def _surroundings(args: argparse.Namespace, effort, threads: int) -> dict:
-    """Hardware and versions, printed above every result."""
-    from gate4d.benchmarks import report, rows
+def _about(args: argparse.Namespace, threads: int, effort: str | None = None) -> dict:
+    """The envelope of the results, whose heading is printed above them."""
+    from gate4d.benchmarks.report import documents, result_files
 
-    about = report.surroundings(rows.Settings(effort, threads, args.backend), report.command_line())
-    for line in report.heading(about):
-        print(textwrap.fill(line, _WIDTH, subsequent_indent="    "))
+    about = result_files.envelope(args.what, threads)
+    about |= {"effort": effort or _effort(args), **result_files.served_by(args.backend)}
+    for line in documents.heading(about):
+        print("\n".join(wrapped(line, then="    ")))
     return about
 
 
+def _effort(args: argparse.Namespace) -> str:
+    return "quick" if args.quick else "full"
+
+
+def _finish(args: argparse.Namespace, result: dict, file: Path | None, *, note: str = "") -> None:
+    from gate4d.benchmarks.report import result_files
+
+    if file is not None:
+        result_files.write(file, result)
+        print(f"written to {file}{note}")
+
+
 def _sequences(args: argparse.Namespace) -> int:
-    from gate4d.benchmarks import plots, report, sequences
+    from gate4d.benchmarks.report import plots, sequence_tables
+    from gate4d.benchmarks.sequences import backbone_curves
+    from gate4d.benchmarks.sequences.contestants import EFFORTS, SEQUENCES
 
     if args.only == "list":
-        print("\n".join(f"{s.name:<13}{s.stands_for}" for s in sequences.SEQUENCES.values()))
+        print("\n".join(f"{s.name:<13}{s.stands_for}" for s in SEQUENCES.values()))
         return 0
-    chosen = _choose(args.only, list(sequences.SEQUENCES))
+    chosen = _choose(args.only, list(SEQUENCES))
     plots.pyplot()  # a missing matplotlib is said before anything is measured
-    effort = sequences.QUICK if args.quick else sequences.FULL
+    threads = _threads(args.threads)
+    limits = dataclasses.replace(EFFORTS[_effort(args)], threads=threads)
     if args.memory is not None:
         if not args.memory > 0:
             raise ValueError(f"--memory must be more than 0 (GiB a process), got {args.memory:g}.")
-        effort = dataclasses.replace(effort, max_bytes=int(args.memory * 2**30))
-    results = Path("benchmarks/results")
-    file = args.json or (results if results.is_dir() else Path()) / "sequences-latest.json"
-    threads = _threads(args.threads)
-    about = _surroundings(args, effort, threads)
-    with _progress(sequences.steps(chosen, effort)) as step:
-        try:
-            lines, complete = sequences.run(chosen, effort, about, threads, file, step)
-        except KeyboardInterrupt:
-            print("interrupted: nothing was written", file=sys.stderr)
-            return 130
-    for line in lines:
-        print("\n".join(textwrap.wrap(line, _WIDTH, subsequent_indent="    ")) if len(line) > _WIDTH else line)
-    print(f"written to {file} and pictures (.png, .svg) beside it")
-    return 0 if complete and _agrees(args, report.load(file)) else 1
+        limits = dataclasses.replace(limits, max_bytes=int(args.memory * 2**30))
+    folder = Path("benchmarks/results")
+    file = args.json or (folder if folder.is_dir() else Path()) / "sequences-latest.json"
+    about = _about(args, threads)
+    try:
+        with progress(total=backbone_curves.steps(chosen, about["effort"])) as show:
+            result = backbone_curves.run(chosen, about, limits, file.with_suffix(""), show)
+    except KeyboardInterrupt:
+        print("interrupted: nothing was written", file=sys.stderr)
+        return 130
+    for line in sequence_tables.lines(result, chosen):
+        print("\n".join(wrapped(line, then="    ")) if len(line) > WIDTH else line)
+    _finish(args, result, file, note=" and pictures (.png, .svg) beside it")
+    return 0 if not result["errors"] and _agrees(args, result) else 1
 
 
 def _peers(args: argparse.Namespace) -> int:
-    from gate4d.benchmarks import registry, rows, versus
+    from gate4d.benchmarks import registry
+    from gate4d.benchmarks.rows import peer_rows, target
 
     if args.list:
-        print("\n".join(versus.listing()))
+        print("\n".join(peer_rows.listing()))
         return 0
     if args.frames is not None and args.frames < 1:
         raise ValueError(f"--frames must be at least 1, got {args.frames}.")
     registry.operation(args.operation)
     registry.shape(args.shape or "vggt.global")
     threads = _threads(args.threads)
-    effort = rows.QUICK if args.quick else rows.FULL
-    about = _surroundings(args, effort, threads)
-    with _torch_threads(threads), _memory_limit(), _progress(1) as step:
-        settings = rows.Settings(effort, threads, args.backend, lambda text: step(0, text))
-        row, costs = versus.measure(args.operation, settings, shape=args.shape, frames=args.frames, dtype=args.dtype)
-    lines = versus.table(row, costs)
-    print("\n" + "\n".join(part for line in lines for part in textwrap.wrap(line, _WIDTH) or [""]))
-    if args.json is not None:
-        args.json.write_text(json.dumps({**about, "kind": "peers", "row": row.as_dict(), "costs": costs}) + "\n")
+    about = _about(args, threads)
+    with _measuring(threads, 1) as show:
+        effort = target.QUICK if args.quick else target.FULL
+        conditions = target.Conditions(effort, threads, args.backend, lambda text: show(text, passing="round" in text))
+        options = {"shape": args.shape, "frames": args.frames, "dtype": args.dtype}
+        row, costs = peer_rows.measure(args.operation, conditions, **options)
+    print("\n" + "\n".join(peer_rows.table(row, costs)))
+    _finish(args, {**about, "rows": [row.as_dict()], "costs": costs}, args.json)
     return 0
 
 
 def _suite(args: argparse.Namespace) -> int:
-    from gate4d.benchmarks import baseline, rows
+    from gate4d.benchmarks.report import result_files
+    from gate4d.benchmarks.suite import baseline
 
     tolerance = baseline.TOLERANCE if args.tolerance is None else args.tolerance
     file = args.baseline or (baseline.STORED if baseline.STORED.exists() else None)
-    stored = None if file is None else baseline.load(file)
-    if args.save is not None and not args.save.absolute().parent.is_dir():
-        raise ValueError(f"--save must be in an existing folder, got {str(args.save)!r}.")
+    stored = None if file is None else result_files.read(file, "suite")
     threads = _threads(args.threads)
-    about = _surroundings(args, rows.QUICK, threads)
+    about = _about(args, threads, effort="quick")
     cases, status = baseline.run_suite(threads, args.only)
     lines, worse = baseline.compare(cases, stored, about, tolerance)
     print("\n" + "\n".join(lines))
     if status or not cases:
         print("the suite failed: see above", file=sys.stderr)
         return 1
-    if args.save is not None:
-        data = {**about, "kind": "suite", "tolerance": tolerance, "cases": cases}
-        args.save.write_text(json.dumps(data, indent=1) + "\n")
-        print(f"written to {args.save}")
+    _finish(args, {**about, "tolerance": tolerance, "cases": cases}, args.save)
     return int(worse)
 
 
 def _targets(args: argparse.Namespace) -> int:
-    from gate4d.benchmarks import report, rows
+    from gate4d.benchmarks.report import documents
+    from gate4d.benchmarks.rows import catalogue, target
 
     systems = args.what == "systems"
-    targets = {name: t for name, t in rows.load_targets().items() if name.startswith("S") == systems}
+    targets = {name: t for name, t in catalogue.load_targets().items() if name.startswith("S") == systems}
     if args.only == "list":
         print("\n".join(f"{t.id:<4}{t.what}" for t in targets.values()))
         return 0
     chosen = _choose(args.only, list(targets))
     threads = _threads(args.threads)
-    effort = rows.QUICK if args.quick else rows.FULL
-    about = _surroundings(args, effort, threads)
-
-    measured: list[rows.Row] = []
+    about = _about(args, threads)
+    effort = target.QUICK if args.quick else target.FULL
+    measured: list[target.TargetRow] = []
     interrupted = False
-    with _torch_threads(threads), _memory_limit(), _progress(len(chosen)) as step:
+    with _measuring(threads, len(chosen)) as show:
         try:
             for n, name in enumerate(chosen):
-                settings = rows.Settings(effort, threads, args.backend, lambda text, n=n: step(n, text))
-                settings.report(f"{name}: {targets[name].what}")
-                measured += rows.run_target(targets[name], settings)
-            step(len(chosen), "done")
+                report = lambda text, n=n: show(text, done=n, passing="round" in text)  # noqa: E731
+                report(f"{name}: {targets[name].what}")
+                conditions = target.Conditions(effort, threads, args.backend, report)
+                measured += catalogue.run_target(targets[name], conditions)
         except KeyboardInterrupt:
             interrupted = True
     result = {**about, "rows": [row.as_dict() for row in measured]}
-    print("\n".join(table(result)))
-    if args.json is not None:
-        args.json.write_text(report.to_json(about, measured))
-        print(f"written to {args.json}")
+    print("\n".join(documents.table(result)))
+    _finish(args, result, args.json)
     if interrupted:
         print("interrupted: the table ends where the run did", file=sys.stderr)
         return 130
     failed = any(row.error is not None for row in measured)
     return 0 if not failed and _agrees(args, result) else 1
-
-
-def table(result: dict) -> list[str]:
-    """The lines of the table, at most 80 characters each."""
-    from gate4d.benchmarks import report
-
-    lines = ["", _COLUMNS.format("#", "what", "measured", "+-", "target", "result"), "-" * _WIDTH]
-    for row in result["rows"]:
-        spread = "" if row["spread"] is None else f"{row['spread']:.{1 if row['unit'] else 3}f}"
-        limit = "" if row["target"] is None else f"<= {report.figure(row['target'], row['unit'])}"
-        measured = report.figure(row["ratio"], row["unit"])
-        cells = (row["id"], textwrap.shorten(row["what"], 36, placeholder=".."), measured, spread, limit)
-        lines.append(_COLUMNS.format(*cells, report.verdict(row)).rstrip())
-        for detail in report.details(row):
-            lines += textwrap.wrap(detail, _WIDTH, initial_indent="      ", subsequent_indent="        ")
-    verdicts = [report.verdict(row) for row in result["rows"]]
-    counts = ", ".join(f"{verdicts.count(v)} {v}" for v in ("pass", "MISS", "FAILED") if v in verdicts)
-    without = "no targets to meet" if result["rows"] else "nothing was measured"
-    return [*lines, "-" * _WIDTH, counts or without]
 
 
 def _choose(only: str | None, known: list[str]) -> list[str]:
@@ -258,7 +248,9 @@ def _choose(only: str | None, known: list[str]) -> list[str]:
 
 
 def _threads(wanted: int | None) -> int:
-    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    from gate4d.benchmarks.machine import usable_cores
+
+    usable = usable_cores()
     if wanted is None:
         return usable
     if wanted < 1:
@@ -269,57 +261,19 @@ def _threads(wanted: int | None) -> int:
 
 
 @contextlib.contextmanager
-def _torch_threads(threads: int) -> Iterator[None]:
+def _measuring(threads: int, total: int) -> Iterator[Callable[..., None]]:
+    """torch's threads set, the progress shown, and an allocation beyond the free memory an error of its row, where
+    Linux would kill the whole run."""
     import torch
 
-    before = torch.get_num_threads()
+    from gate4d.benchmarks.measure.resident import GrowthLimit, available_memory
+
+    before, limit = torch.get_num_threads(), GrowthLimit()
     torch.set_num_threads(threads)
+    limit.set(available_memory())
     try:
-        yield
+        with progress(total=total) as show:
+            yield show
     finally:
+        limit.lift()
         torch.set_num_threads(before)
-
-
-@contextlib.contextmanager
-def _memory_limit() -> Iterator[None]:
-    """Let an allocation beyond the free memory fail as an error of its row, where Linux would kill the whole run."""
-    try:
-        import resource
-
-        status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-        free = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())["MemAvailable"]
-        limit = (int(status["VmData"].split()[0]) + int(free.split()[0])) * 1024
-        before = resource.getrlimit(resource.RLIMIT_DATA)
-    except (ImportError, OSError, KeyError, ValueError):
-        yield
-        return
-    if before[0] != resource.RLIM_INFINITY:
-        limit = min(limit, before[0])
-    resource.setrlimit(resource.RLIMIT_DATA, (limit, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_DATA, before)
-
-
-@contextlib.contextmanager
-def _progress(total: int) -> Iterator[Callable[[int, str], None]]:
-    """A progress bar on a terminal with rich; otherwise a line on stderr whenever a new target or variant begins."""
-    console = terminal()
-    if console is None:
-        shown = set()
-
-        def say(done: int, text: str) -> None:
-            line = f"[{done + 1 if done < total else total}/{total}] {text}"
-            if "round" not in text and line not in shown:
-                shown.add(line)
-                print(line, file=sys.stderr, flush=True)
-
-        yield say
-        return
-    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
-
-    columns = (BarColumn(bar_width=20), TextColumn("{task.completed}/{task.total}"), TimeElapsedColumn())
-    with Progress(*columns, TextColumn("{task.description}"), console=console, transient=True) as bar:
-        task = bar.add_task("starting", total=total)
-        yield lambda done, text: bar.update(task, completed=done, description=text[:40])

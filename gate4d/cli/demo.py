@@ -5,17 +5,10 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import math
-import shlex
-import sys
 import time
 from pathlib import Path
 
-import torch
-
-from gate4d.kernels.attention import backends
-from gate4d.kernels.attention.op import Request
-
-from .info import collect, field
+from gate4d.terminal import field, progress
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -49,21 +42,22 @@ def run(args: argparse.Namespace) -> int:
     begin = time.perf_counter()
     _check(args)
     # Late imports: bad options are refused at once.
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
-
+    from gate4d import Visibility
+    from gate4d.benchmarks.measure import processes
+    from gate4d.benchmarks.measure.resident import available_memory
+    from gate4d.benchmarks.models import SPECIAL_TOKENS
+    from gate4d.benchmarks.report import result_files
+    from gate4d.benchmarks.sequences import clip_stack, trained
     from gate4d.data import read_clip, render_clip
     from gate4d.data.clip import fitted_size
-    from gate4d.demo import measure, reconstruction, report
-    from gate4d.demo.stack import SPECIAL_TOKENS, frame_difference, pool_to_patches
     from gate4d.models import TRAINED_PATCHES
 
-    report.check_folder(args.out)
+    from . import demo_report
+
+    demo_report.check_folder(args.out)
     model = _trained(args.weights)
     patch = 14
-    columns = [TextColumn("{task.description:<30}"), BarColumn(28), TextColumn("{task.percentage:>3.0f} %")]
-    with Progress(*columns, TimeElapsedColumn(), console=Console(stderr=True)) as bar:
-        task = bar.add_task("rendering the clip" if args.clip is None else "reading the clip", total=None)
+    with progress("rendering the clip" if args.clip is None else "reading the clip") as show:
 
         def clip_of(patch: int, patches: int):
             if args.clip is None:
@@ -71,55 +65,55 @@ def run(args: argparse.Namespace) -> int:
                 return render_clip(args.frames, *size, seed=args.seed)
             return read_clip(args.clip, max_frames=args.frames, stride=args.stride, patch=patch, max_patches=patches)
 
-        outcomes = []
+        outcomes, small = [], None
         if model is not None:
             small = clip_of(model.aggregator.patch_size, TRAINED_PATCHES)
-            bar.update(task, description="running the trained model")
-            outcomes = reconstruction.reconstruct(model, small)
+            show("running the trained model")
+            outcomes = trained.reconstruct(model, small)
         clip = clip_of(patch, args.patches)
         if clip.motion is not None:
-            motion, cue = pool_to_patches(clip.motion, patch), "share of truly moving pixels in the patch"
+            motion = clip_stack.pool_to_patches(clip.motion, patch)
+            cue = "share of truly moving pixels in the patch"
         else:
-            motion, cue = frame_difference(clip.frames, patch), "plain frame difference (answers to camera motion too)"
+            motion = clip_stack.frame_difference(clip.frames, patch)
+            cue = "plain frame difference (answers to camera motion too)"
 
-        counts = measure.frame_counts(len(clip.frames))
-        limit = int(args.max_gib * 2**30) if args.max_gib else measure.available_memory() // 2
-        settings = measure.Settings(
-            args.strength, args.window, args.sinks, {"pairs": args.pairs, "patch": patch, "seed": args.seed},
-            measure.Limits(args.budget, limit, threads=args.threads),
+        counts = processes.frame_counts(len(clip.frames))
+        limit = int(args.max_gib * 2**30) if args.max_gib else available_memory() // 2
+        case = clip_stack.StackCase(
+            args.strength, args.window, args.sinks, {"pairs": args.pairs, "patch": patch, "seed": args.seed}
+        )
+        steps = len(counts) * len(clip_stack.IMPLEMENTATIONS)
+        show("starting three processes", total=steps + 1, done=0)
+        study, gate_effect = clip_stack.measure(
+            clip.frames, motion, counts, case, processes.Limits(args.budget, limit, threads=args.threads),
+            lambda share, text: show(text, done=int(share * steps), passing=text.endswith("rounds")),
         )  # fmt: skip
-        steps = len(counts) * len(measure.IMPLEMENTATIONS)
-        bar.update(task, description="starting three processes", total=steps + 1, completed=0)
-        study, gate_effect = measure.measure(
-            clip.frames, motion, counts, settings,
-            lambda share, text: bar.update(task, description=text, completed=int(share * steps)),
-        )  # fmt: skip
-        bar.update(task, description="writing the report", completed=steps)
-        served = _backend()
-        context = {
-            "command": shlex.join(["gate4d", *sys.argv[1:]]),
+        show("writing the report", done=steps)
+        served = _backend(result_files.served_by("auto", Visibility.packed([0, 1])))
+        about = result_files.envelope("demo", study.threads) | {
             "weights": "random",
             "trained": {"weights": args.weights, "runs": [o.figures() for o in outcomes]} if outcomes else None,
             "model": {"pairs": args.pairs, "heads": 16, "head_dim": 64, "special_tokens": SPECIAL_TOKENS},
             "gate": {"strength": args.strength, "window": args.window, "sinks": args.sinks, "cue": cue},
             "gate4d_backend": served,
-            "machine": _machine(),
         }
-        with report.written_at_once(args.out) as folder:
-            report.write_json(folder / "figures.json", report.figures(study, gate_effect, clip, context))
+        with demo_report.written_at_once(args.out) as folder:
+            result_files.write(folder / "figures.json", demo_report.figures(study, gate_effect, clip, about))
             subtitle = f"{args.pairs} frame + {args.pairs} clip block, 16 heads x 64, fp32, random weights"
             subtitle += f", {study.threads} threads, gate4d's {served['name']} backend"
-            report.draw_curves(folder / "curves.png", study, subtitle)
-            report.draw_overlay(folder / "overlay.png", clip, motion, patch, cue)
+            demo_report.draw_curves(folder / "curves.png", study, subtitle)
+            demo_report.draw_overlay(folder / "overlay.png", clip, motion, patch, cue)
             if outcomes:
-                reconstruction.draw(folder / "reconstruction.png", small, outcomes)
-        bar.update(task, description="done", completed=steps + 1)
+                demo_report.draw_trained(folder / "reconstruction.png", small, outcomes)
+        show("done", done=steps + 1)
 
-    lines = [*field("clip", f"{clip.name}: {len(clip.frames)} frames"), *field("machine", _processor(study, context))]
+    machine = f"{study.threads} threads, {about['hardware']['processor']}"
+    lines = [*field("clip", f"{clip.name}: {len(clip.frames)} frames"), *field("machine", machine)]
     if outcomes:
         parameters = sum(p.numel() for p in model.parameters()) / 1e6
         lines += ["", *field("trained", f"{parameters:.1f} M parameters, frames of {_size(small)}; {_TRAINED}")]
-        lines += [reconstruction.table(outcomes)]
+        lines += demo_report.trained_table(outcomes)
     else:
         lines += field("trained", "left out: no weights are shipped; --weights FILE takes others")
     lines += [
@@ -130,18 +124,14 @@ def run(args: argparse.Namespace) -> int:
     ]  # fmt: skip
     if served["name"] == "reference":
         lines += field("", f"it holds the maps in memory and is slow, because {served['why_not_cpu']}")
+    lines += ["", *demo_report.speed_table(study), ""]
+    lines += [f"{curve.name} stopped {curve.stopped}." for curve in study.curves if curve.stopped]
+    lines += ["FPS: whole forward pass. Peak: memory touched by it above the loaded model."]
+    lines += ["max diff: largest difference of outputs, relative to the largest output;"]
+    lines += [f"switching the gate off changes them by {gate_effect:.1e}."]
+    written = [str(args.out / f) for f in demo_report.FILES if (args.out / f).exists()]
+    lines += [f"Wrote {', '.join(written)} in {time.perf_counter() - begin:.0f} s."]
     print("\n".join(lines))
-    print()
-    print(report.table(study))
-    print()
-    for curve in study.curves:
-        if curve.stopped:
-            print(f"{curve.name} stopped {curve.stopped}.")
-    print("FPS: whole forward pass. Peak: memory touched by it above the loaded model.")
-    print("max diff: largest difference of outputs, relative to the largest output;")
-    print(f"switching the gate off changes them by {gate_effect:.1e}.")
-    written = [str(args.out / f) for f in report.FILES if (args.out / f).exists()]
-    print(f"Wrote {', '.join(written)} in {time.perf_counter() - begin:.0f} s.")
     return 0
 
 
@@ -168,10 +158,6 @@ def _size(clip) -> str:
     return f"{width}x{height}"
 
 
-def _processor(study, context: dict) -> str:
-    return f"{study.threads} threads, {context['machine']['processor']}"
-
-
 def _check(args: argparse.Namespace) -> None:
     for name, least in (("frames", 2), ("stride", 1), ("patches", 1), ("pairs", 1), ("sinks", 0), ("threads", 0)):
         if getattr(args, name) < least:
@@ -184,18 +170,12 @@ def _check(args: argparse.Namespace) -> None:
             raise ValueError(f"--{name.replace('_', '-')} must be positive, got {value:g}.")
     if not (math.isfinite(args.strength) and args.strength >= 0):
         raise ValueError(f"--strength must be finite and >= 0, got {args.strength}.")
-    missing = [m for m in ("rich", "matplotlib") if importlib.util.find_spec(m) is None]
-    if missing:
-        raise ImportError(f"The demo needs {' and '.join(missing)}: pip install 'gate4d[demo]'.")
+    if importlib.util.find_spec("matplotlib") is None:
+        raise ImportError("The demo needs matplotlib: pip install 'gate4d[demo]'.")
 
 
-def _backend() -> dict[str, str | None]:
+def _backend(served: dict) -> dict[str, str | None]:
     """Which backend serves the demo's calls, and why the compiled one does not, if so."""
-    request = Request("cpu", torch.float32, 64, 64, gate="pairwise", masked=True)
-    reasons = backends.BACKENDS["cpu"].not_supported_reasons(request)
-    return {"name": backends.select("auto", request).name, "why_not_cpu": "; ".join(reasons) or None}
-
-
-def _machine() -> dict[str, object]:
-    facts = collect()
-    return {**facts["versions"], **facts["machine"]}
+    said = next(line.strip() for line in served["backends"] if line.strip().startswith("cpu:"))
+    why = said.removeprefix("cpu: ")
+    return {"name": served["backend"], "why_not_cpu": None if why == "can run" else why}

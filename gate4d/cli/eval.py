@@ -3,22 +3,14 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
-import datetime
-import json
-import shlex
-import sys
-import textwrap
 import time
-from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from .terminal import terminal
+from gate4d.terminal import markdown_table, progress, wrapped
+from gate4d.terminal import table as lines_of
 
-_WIDTH = 80
 _HEAD = ("frames", "ATE", "RPE t", "RPE r", "AbsRel", "d<1.25", "IoU", "FPS")
-_COLUMNS = "{:<30}{:>7}{:>6}{:>6}{:>6}{:>7}{:>7}{:>5}{:>6}"
-SCHEMA = 1
+_COLUMNS = "<30 >7 >6 >6 >6 >7 >7 >5 >6"
 LEGEND = (
     "ATE, RPE t: camera centres after Sim(3) alignment, % of the first frame's mean depth, clips with a moving camera;",
     "RPE r: degrees; both RPE between neighbouring frames. AbsRel, d<1.25: depth scaled by the clip's median.",
@@ -49,13 +41,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """0 if a row was measured (rows without weights are skipped and say so), 1 if none was."""
     if args.markdown is not None:
-        from gate4d.benchmarks.report import write_into
+        from gate4d.benchmarks.report import documents, result_files
 
-        text = markdown(load(args.markdown))
+        text = markdown(result_files.read(args.markdown, "eval"))
         if args.into is None:
             print(text, end="")
         else:
-            write_into(args.into, text, "eval")
+            documents.write_into(args.into, text, "eval")
         return 0
     if args.into is not None:
         raise ValueError("--into needs --markdown FILE, the results to show.")
@@ -63,7 +55,7 @@ def run(args: argparse.Namespace) -> int:
 
     import torch
 
-    from gate4d.cli.info import collect
+    from gate4d.benchmarks.report import result_files
     from gate4d.data.procedural import evaluation_clips
     from gate4d.evaluation.study import Row, measure
     from gate4d.evaluation.systems import systems
@@ -76,47 +68,32 @@ def run(args: argparse.Namespace) -> int:
             f"--only: no row's name holds {args.only!r}; there are {', '.join(s.name for s in systems())}."
         )
     models, missing, about = _models(args, {s.weights for s in rows})
-    began, results = time.perf_counter(), []
+    began, measured = time.perf_counter(), []
     clips = {}  # rendered when the first row needs them
     sizes = dict.fromkeys(("", "alternating", "forced", "unforced"), (args.clips, [args.frames]))
     sizes["recurrent"] = args.long_clips, lengths
     work = sum(sizes[s.weights][0] for s in rows if s.weights in models)
-    with _progress(work) as step:
+    with progress("rendering the clips", total=work) as show:
         for system in rows:
             count, wanted = sizes[system.weights]
             if system.weights in missing:
                 skipped = Row(system.group, system.name, wanted[-1], note=system.note, skipped=missing[system.weights])
-                results.append(skipped)
+                measured.append(skipped)
                 continue
-            step(f"{system.name}", 0)
+            show(system.name)
             if (count, wanted[-1]) not in clips:
                 clips[count, wanted[-1]] = list(evaluation_clips(max(wanted), *args.size, count=count))
             model = models[system.weights]
-            results += measure(system, model, clips[count, wanted[-1]], wanted, lambda: step("", 1))
-    facts = collect()
-    result = {
-        "schema": SCHEMA, "kind": "gate4d eval", "command": shlex.join(["gate4d", *sys.argv[1:]]),
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "seconds": round(time.perf_counter() - began, 1), "threads": torch.get_num_threads(), **facts["versions"],
-        "processor": facts["machine"]["processor"], "size": list(args.size), "clips": args.clips,
-        "long_clips": args.long_clips, "weights": about, "rows": [row.as_dict() for row in results],
+            measured += measure(system, model, clips[count, wanted[-1]], wanted, lambda: show(advance=1))
+    result = result_files.envelope("eval", torch.get_num_threads()) | {
+        "seconds": round(time.perf_counter() - began, 1), "size": list(args.size), "clips": args.clips,
+        "long_clips": args.long_clips, "weights": about, "rows": [row.as_dict() for row in measured],
     }  # fmt: skip
     print("\n".join(table(result)))
     if args.json is not None:
-        args.json.write_text(json.dumps(result, indent=1) + "\n")
+        result_files.write(args.json, result)
         print(f"written to {args.json}")
-    return int(all(row.skipped for row in results))
-
-
-def load(path: Path) -> dict:
-    """Read a results file.
-
-    Raises:
-        ValueError: it is not one, or one of another schema.
-    """
-    from gate4d.benchmarks.report import read
-
-    return read(path, "gate4d eval", SCHEMA, lambda result: result.get("kind") == "gate4d eval")
+    return int(all(row.skipped for row in measured))
 
 
 def cells(row: dict) -> list[str]:
@@ -132,44 +109,43 @@ def cells(row: dict) -> list[str]:
 
 def table(result: dict) -> list[str]:
     """The lines of the table, at most 80 characters each."""
-    lines, group, skipped = [], None, {}
+    rows: list = []
+    group, skipped = None, {}
     for row in result["rows"]:
         if row["skipped"]:
             skipped.setdefault(row["skipped"], []).append(row["system"])
             continue
         if row["group"] != group:
             group = row["group"]
-            lines += ["", _COLUMNS.format(group[:30], *_HEAD), "-" * _WIDTH]
-        lines.append(_COLUMNS.format(row["system"], *cells(row)))
-    lines += ["-" * _WIDTH] if lines else []
-    for text in LEGEND if lines else ():
-        lines += textwrap.wrap(text, _WIDTH)
+            rows += ["", (group[:30], *_HEAD), None]
+        rows.append((row["system"], *cells(row)))
+    rows += [None, *(line for text in LEGEND for line in wrapped(text))] if rows else []
     for kind, about in result["weights"].items():
-        lines += textwrap.wrap(f"{kind} weights: {about['text']}", _WIDTH, subsequent_indent="  ")
-    lines += textwrap.wrap(_unequal(result["weights"]), _WIDTH)
+        rows += wrapped(f"{kind} weights: {about['text']}", then="  ")
+    rows += wrapped(_unequal(result["weights"]))
     for why, names in skipped.items():
-        lines += textwrap.wrap(f"skipped, {why}: {', '.join(names)}", _WIDTH, subsequent_indent="  ")
-    return lines
+        rows += wrapped(f"skipped, {why}: {', '.join(names)}", then="  ")
+    return lines_of(_COLUMNS, rows)
 
 
 def markdown(result: dict) -> str:
     """The results as Markdown tables, for the documents."""
     height, width = result["size"]
     lines = [
-        f"- {result['processor']}, {result['threads']} threads; gate4d {result['gate4d']}, torch {result['torch']}, "
-        f"{result['date'][:10]}",
+        f"- {result['hardware']['processor']}, {result['threads']} threads; gate4d {result['versions']['gate4d']}, "
+        f"torch {result['versions']['torch']}, {result['date'][:10]}",
         f"- {result['clips']} clips of {height}x{width} pixels, {result['long_clips']} for the recurrent rows",
         f"- command: {result['command']}",
         *(f"- {kind} weights: {about['text']}" for kind, about in result["weights"].items()),
     ]
     lines += [f"- {_unequal(result['weights'])}"] if _unequal(result["weights"]) else []
-    group = None
-    for row in result["rows"]:
-        if row["group"] != group:
-            group = row["group"]
-            lines += ["", f"| {group} | {' | '.join(_HEAD)} | |", "|---|" + "---:|" * len(_HEAD) + "---|"]
-        values = ["-"] * len(_HEAD) if row["skipped"] else cells(row)
-        lines.append(f"| {row['system']} | {' | '.join(values)} | {row['skipped'] or row['note']} |")
+    for group in dict.fromkeys(row["group"] for row in result["rows"]):
+        rows = [
+            (row["system"], *(["-"] * len(_HEAD) if row["skipped"] else cells(row)), row["skipped"] or row["note"])
+            for row in result["rows"]
+            if row["group"] == group
+        ]
+        lines += ["", *markdown_table((group, *_HEAD, "note"), rows, "<" + ">" * len(_HEAD) + "<")]
     return "\n".join([*lines, "", *LEGEND]) + "\n"
 
 
@@ -227,18 +203,3 @@ def _check(args: argparse.Namespace) -> list[int]:
     if args.json is not None and not args.json.absolute().parent.is_dir():
         raise ValueError(f"--json must be in an existing folder, got {str(args.json)!r}.")
     return sorted({int(w) for w in words})
-
-
-@contextlib.contextmanager
-def _progress(total: int) -> Iterator[Callable[[str, int], None]]:
-    """A bar on a terminal with rich, else a line on stderr for every row; called with (row or nothing, clips done)."""
-    console = terminal()
-    if console is None:
-        yield lambda text, done: print(text, file=sys.stderr, flush=True) if text else None
-        return
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
-    columns = (BarColumn(bar_width=20), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
-    with Progress(*columns, console=console, transient=True) as bar:
-        task = bar.add_task("rendering the clips", total=total)
-        yield lambda text, done: bar.update(task, advance=done, **({"description": text} if text else {}))

@@ -3,23 +3,16 @@
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
 import json
 import os
-import platform
-import textwrap
-from pathlib import Path
 
 import torch
 
-import gate4d
+from gate4d.benchmarks import machine
 from gate4d.kernels.attention import backends
 from gate4d.kernels.attention.op import Request
 from gate4d.kernels.support import library_error
-
-# Names as Linux spells them; None elsewhere, where only torch's own summary is known.
-FEATURES = {"AVX2": "avx2", "FMA": "fma", "AVX-512F": "avx512f", "AVX512-BF16": "avx512_bf16", "AMX-BF16": "amx_bf16"}
-_WIDTH = 80
+from gate4d.terminal import field, wrapped
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -37,22 +30,8 @@ def run(args: argparse.Namespace) -> int:
 def collect() -> dict:
     """Versions, machine and backends as plain data."""
     return {
-        "versions": {
-            "gate4d": gate4d.__version__,
-            "torch": torch.__version__,
-            "triton": _version("triton"),
-            "numpy": _version("numpy"),
-            "python": platform.python_version(),
-            "platform": platform.platform(),
-        },
-        "machine": {
-            "processor": processor(),
-            "features": _features(),
-            "torch_cpu_capability": torch.backends.cpu.get_cpu_capability(),
-            "threads": torch.get_num_threads(),
-            "cores": os.cpu_count(),
-            "gpu": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
-        },
+        "versions": machine.versions(),
+        "machine": {**machine.hardware(), "threads": torch.get_num_threads()},
         "library": {
             "error": library_error(),
             "cpu_path": _cpu_path(),
@@ -81,8 +60,8 @@ def typical_requests() -> dict[str, Request]:
 
 def render(facts: dict) -> str:
     """The facts as plain text in 80 columns."""
-    versions, machine, library = facts["versions"], facts["machine"], facts["library"]
-    features = [f"{name} {'yes' if has else 'no'}" for name, has in (machine["features"] or {}).items()]
+    versions, here, library = facts["versions"], facts["machine"], facts["library"]
+    features = [f"{name} {'yes' if has else 'no'}" for name, has in (here["features"] or {}).items()]
     isa = library["cpu_path"] or "none: the compiled library is not loaded"
     if library["GATE4D_CPU_ISA"]:
         isa += f" (GATE4D_CPU_ISA={library['GATE4D_CPU_ISA']})"
@@ -90,11 +69,11 @@ def render(facts: dict) -> str:
         *field("gate4d", versions["gate4d"]),
         *field("torch", f"{versions['torch']}, triton {versions['triton'] or 'not installed'}"),
         *field("python", f"{versions['python']}, numpy {versions['numpy']}"),
-        *field("platform", versions["platform"]),
-        *field("processor", machine["processor"]),
-        *field("features", ", ".join(features) or f"torch sees {machine['torch_cpu_capability']}"),
-        *field("threads", f"{machine['threads']} of {machine['cores']} cores"),
-        *field("GPU", ", ".join(machine["gpu"]) or "none"),
+        *field("platform", versions["system"]),
+        *field("processor", here["processor"]),
+        *field("features", ", ".join(features) or f"torch sees {here['capability']}"),
+        *field("threads", f"{here['threads']} of {here['cores']} cores"),
+        *field("GPU", ", ".join(here["gpu"]) or "none"),
         *field("CPU path", isa),
         "",
         "Which backend can serve a call here (head dim 64):",
@@ -105,11 +84,11 @@ def render(facts: dict) -> str:
     for call, served in facts["calls"].items():
         others = ", ".join(n for n in names if not served["reasons"][n] and n != served["auto"]) or "none"
         row = f"  {call:<26}{served['auto']:<16}"
-        lines += textwrap.wrap(others, _WIDTH, initial_indent=row, subsequent_indent=" " * len(row))
+        lines += wrapped(others, row, " " * len(row))
     by_name = [n for n in names if not any(n in order for order in backends.AUTO_ORDER.values())]
     rows = "no row yet" if not facts["measured"] else f"{facts['measured']} row(s)"
     note = f"auto takes {' and '.join(by_name)} only where a measurement says so: {rows} in the table of measurements."
-    lines += ["", *textwrap.wrap(note, _WIDTH, initial_indent="  ", subsequent_indent="  ")]
+    lines += ["", *wrapped(note, "  ", "  ")]
     # Reasons that differ in what was got alone share a line.
     reasons: dict[tuple[str, str], list[str]] = {}
     for name in names:
@@ -122,9 +101,9 @@ def render(facts: dict) -> str:
         lines += ["", "Why not:"]
         for (name, why), got in reasons.items():
             text = f"{name}: {why}" + (f", got {' or '.join(got)}" if got else "")
-            lines += textwrap.wrap(text, _WIDTH, initial_indent="  ", subsequent_indent="    ")
+            lines += wrapped(text, "  ", "    ")
     if library["error"]:
-        lines += ["", "What to do:", *textwrap.wrap(advice(), _WIDTH, initial_indent="  ", subsequent_indent="  ")]
+        lines += ["", "What to do:", *wrapped(advice(), "  ", "  ")]
     return "\n".join(lines)
 
 
@@ -138,11 +117,6 @@ def advice() -> str:
     )
 
 
-def field(name: str, value: str) -> list[str]:
-    """A named value as lines of at most 80 columns."""
-    return textwrap.wrap(value, _WIDTH, initial_indent=f"{name:<11}", subsequent_indent=" " * 11) or [name]
-
-
 def _served(request: Request) -> dict:
     reasons = {name: b.not_supported_reasons(request) for name, b in backends.BACKENDS.items()}
     try:
@@ -150,37 +124,6 @@ def _served(request: Request) -> dict:
     except NotImplementedError:
         auto = "nothing"
     return {"auto": auto, "reasons": reasons}
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
-def _cpuinfo() -> dict[str, str]:
-    """The first processor's entries of /proc/cpuinfo; empty where there is none."""
-    try:
-        text = Path("/proc/cpuinfo").read_text()
-    except OSError:
-        return {}
-    entries = (line.split(":", 1) for line in text.split("\n\n")[0].splitlines() if ":" in line)
-    return {key.strip(): value.strip() for key, value in entries}
-
-
-def processor() -> str:
-    """Name, family and model; virtual machines often hide the part of the name that tells the microarchitecture."""
-    cpu = _cpuinfo()
-    if "model name" not in cpu:
-        return platform.processor() or platform.machine()
-    family = f" (family {cpu['cpu family']}, model {cpu['model']})" if "cpu family" in cpu and "model" in cpu else ""
-    return cpu["model name"] + family
-
-
-def _features() -> dict[str, bool] | None:
-    flags = _cpuinfo().get("flags")
-    return None if flags is None else {name: flag in flags.split() for name, flag in FEATURES.items()}
 
 
 def _cpu_path() -> str | None:

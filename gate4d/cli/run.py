@@ -12,11 +12,14 @@ import shlex
 import sys
 import time
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
+
+from gate4d.terminal import Show, progress
 
 EPILOG = """\
 --model takes the name of a shipped model, a file of its weights (.safetensors), MODULE:FACTORY, or with --trust a file
@@ -63,34 +66,29 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Load the model, patch it, run the method, write what it found, print the summary."""
     _check(args)
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
     import gate4d
     from gate4d.methods.results import collect
     from gate4d.methods.rollout import patch_size
     from gate4d.models import MODELS, TRAINED_PATCHES
 
     options = dict(map(_option, args.option))
-    columns = [TextColumn("{task.description:<20}"), BarColumn(28), MofNCompleteColumn(), TimeElapsedColumn()]
-    with warnings.catch_warnings(record=True) as caught, Progress(*columns, console=Console(stderr=True)) as bar:
+    with warnings.catch_warnings(record=True) as caught, progress("loading the model") as show:
         warnings.simplefilter("always", UserWarning)
-        task = bar.add_task("loading the model", total=None)
         model = load_model(args.model, args.device, trust=args.trust)
         with gate4d.patch(model, method=args.method, **options) as handle:  # refuses before the clip is read
-            bar.update(task, description="reading the clip")
+            show("reading the clip")
             if args.patches is None:
                 args.patches = TRAINED_PATCHES if type(model).__name__ in MODELS.values() else 414
             clip = _clip(args, patch_size(model))
             images = clip.frames.permute(0, 3, 1, 2).float() / 255
             args.out.mkdir(exist_ok=True)  # whether it can be written to shows before the work is done
-            bar.update(task, description=f"running {args.method}", total=len(images), completed=0)
+            show(f"running {args.method}", total=len(images), done=0)
             streams, begin = hasattr(handle.method, "stream"), time.perf_counter()
             if args.device.startswith("cuda"):
                 torch.cuda.reset_peak_memory_stats(args.device)
-            result = handle.run(bar.track(images, task_id=task) if streams else images.to(args.device))
+            result = handle.run(_counted(images, show) if streams else images.to(args.device))
             seconds, peak = time.perf_counter() - begin, _peak_bytes(args.device)
-            bar.update(task, description="writing files", completed=len(images))
+            show("writing files", done=len(images))
             found = collect(result, tuple(images.shape[-2:]))
             written = found.save(args.out, clip.frames)
     notes = list(dict.fromkeys(str(w.message) for w in caught if issubclass(w.category, UserWarning)))
@@ -106,6 +104,13 @@ def run(args: argparse.Namespace) -> int:
     summary.write_text(json.dumps(figures, indent=2) + "\n")
     _print(figures, [*written, summary])
     return 0
+
+
+def _counted(images: torch.Tensor, show: Show) -> Iterator[torch.Tensor]:
+    """The frames one by one, each counted when the next one is asked for."""
+    for image in images:
+        yield image
+        show(advance=1)
 
 
 def load_model(spec: str, device: str, *, trust: bool = False) -> nn.Module:
@@ -176,9 +181,8 @@ def _check(args: argparse.Namespace) -> None:
         torch.empty(0, device=args.device)
     except (RuntimeError, AssertionError) as e:  # torch's way to say that there is no such device
         raise ValueError(f"--device {args.device} cannot be used: {str(e).splitlines()[0]}") from None
-    missing = [package for package in ("rich", "PIL") if importlib.util.find_spec(package) is None]
-    if missing:
-        raise ImportError(f"gate4d run needs {' and '.join(missing)}: pip install 'gate4d[methods]'.")
+    if importlib.util.find_spec("PIL") is None:
+        raise ImportError("gate4d run needs PIL: pip install 'gate4d[methods]'.")
 
 
 def _peak_bytes(device: str) -> int:

@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from ..data import procedural
 from ..geometry import normalised
 from ..methods.losses import ForcedAttention, MoreRecipe
+from ..terminal import progress
 from ..visibility import Visibility
 from .files import MODELS, WeightsError, build, read_safetensors, save_weights
 
@@ -328,16 +329,16 @@ class Training:
         """
         end, last = time.monotonic() + 60 * minutes, min(self.config.steps, stop or self.config.steps)
         recent: list[dict[str, float]] = []
-        with Progress(self.step, last) as progress:
+        with progress("training", total=last, done=self.step) as show:
             while self.step < last and time.monotonic() < end:
                 recent.append(self.advance())
                 if self.step % 20 == 0 or self.step == last:
                     self.rows.append(mean_row(recent))
                     recent = []
-                    progress.show(self.rows[-1])
+                    show(about(self.rows[-1]), done=self.step)
                 if self.step % validate == 0:
                     self.rows[-1].update(self.validate())
-                    progress.show(self.rows[-1])
+                    show(about(self.rows[-1]), done=self.step)
                 if self.step % every == 0:
                     self.save()
         self.save()
@@ -391,30 +392,10 @@ def mean_row(rows: list[dict[str, float]]) -> dict[str, float]:
     return {**out, "step": int(rows[-1]["step"]), "iou": inter / max(1, union)}
 
 
-class Progress:
-    """A bar on a terminal, a line now and then elsewhere."""
-
-    def __init__(self, step: int, steps: int):
-        try:
-            import rich.progress
-        except ImportError as e:
-            raise ImportError("training shows its progress with rich: pip install 'gate4d[demo]'.") from e
-        columns = (*rich.progress.Progress.get_default_columns(), rich.progress.TextColumn("{task.fields[about]}"))
-        self.bar = rich.progress.Progress(*columns, disable=not sys.stdout.isatty())
-        self.task = self.bar.add_task("training", total=steps, completed=step, about="")
-
-    def __enter__(self) -> Progress:
-        self.bar.start()
-        return self
-
-    def __exit__(self, *exc_info: object) -> None:
-        self.bar.stop()
-
-    def show(self, row: dict[str, float]) -> None:
-        about = "  ".join(f"{name} {x:.3g}" for name, x in row.items() if name != "step")
-        self.bar.update(self.task, completed=row["step"], about=f"loss {row['loss']:.3f} IoU {row['iou']:.2f}")
-        if self.bar.disable:
-            print(f"{time.strftime('%H:%M:%S')}  step {row['step']}  {about}", flush=True)
+def about(row: dict[str, float]) -> str:
+    """A row of the log in a line, what matters most first."""
+    first = f"step {row['step']}: loss {row['loss']:.3f} IoU {row['iou']:.2f}"
+    return "  ".join([first, *(f"{n} {x:.3g}" for n, x in row.items() if n not in ("step", "loss", "iou"))])
 
 
 def curves(rows: list[dict[str, float]], path: Path) -> None:

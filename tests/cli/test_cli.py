@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from gate4d.benchmarks import machine
 from gate4d.cli import info
 from gate4d.cli.main import COMMANDS, main
 from gate4d.kernels import support
@@ -97,7 +98,7 @@ def test_info_names_the_forced_instruction_set(monkeypatch, capsys):
 
 
 def test_info_without_proc(monkeypatch, capsys):
-    monkeypatch.setattr(info, "_cpuinfo", dict)
+    monkeypatch.setattr(machine, "cpuinfo", dict)
     assert main(["info"]) == 0
     assert "features   torch sees" in capsys.readouterr().out
 

@@ -1,0 +1,1 @@
+"""How something is measured: rounds in one process, a process per implementation, memory, a GPU."""

@@ -1,0 +1,1 @@
+"""What is measured: one target or system a row."""

@@ -1,0 +1,1 @@
+"""Whole backbones over a growing number of frames."""

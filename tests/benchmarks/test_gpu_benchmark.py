@@ -1,0 +1,204 @@
+"""Planning and resuming of the GPU measurements, with a fake clock and timer; no GPU is used."""
+
+from __future__ import annotations
+
+import sys
+import time
+from dataclasses import replace
+from importlib.machinery import ModuleSpec
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from gate4d.benchmarks.gpu.__main__ import main, measure, measured, plan, run, table
+from gate4d.benchmarks.gpu.attention_works import _received
+from gate4d.benchmarks.gpu.work import TINY, Work
+from gate4d.benchmarks.report import result_files
+from gate4d.benchmarks.rows.target import TargetRow
+
+
+class Clock:
+    """Time that only passes while something is measured."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def works(*seconds: float) -> list[Work]:
+    return [Work(f"W{i}", 1.0, lambda: ({}, {}, lambda: None), s) for i, s in enumerate(seconds)]
+
+
+def row(work: Work) -> list[TargetRow]:
+    return [TargetRow(work.id, "", 0.5, 1.0, medians={"ours": 1.0, "peer": 2.0}, note="ours / peer")]
+
+
+def about() -> dict:
+    return result_files.envelope("gpu", 1, command="a test")
+
+
+def measured_by(clock: Clock, seen: list[str]):
+    def step(work: Work) -> list[TargetRow]:
+        clock.now += work.seconds
+        seen.append(work.id)
+        return row(work)
+
+    return step
+
+
+def test_slices_resume_until_everything_is_measured(tmp_path: Path) -> None:
+    out, todo, seen = tmp_path / "r.json", works(40, 40, 10, 50), []
+    clock = Clock()
+    options = {"measure": measured_by(clock, seen), "clock": clock, "about": about}
+    run(todo, out, 1.0, resume=False, **options)
+    assert seen == ["W0", "W2"]  # 40 s and what still fits a minute
+    assert [r["id"] for r in result_files.read(out, "gpu")["rows"]] == ["W0", "W2"]
+    run(todo, out, 1.0, resume=True, **options)
+    result = run(todo, out, 1.0, resume=True, **options)
+    assert seen == ["W0", "W2", "W1", "W3"]
+    assert len(result["slices"]) == 3
+    run(todo, out, 1.0, resume=False, **options)
+    assert seen[4:] == ["W0", "W2"]  # without --resume it starts again
+
+
+def test_a_failure_is_kept_apart_and_tried_again(tmp_path: Path) -> None:
+    out, todo = tmp_path / "r.json", works(1, 1)
+
+    def fails(work: Work) -> list[TargetRow]:
+        if work.id == "W0":
+            raise RuntimeError("wrong result")
+        return row(work)
+
+    result = run(todo, out, 1.0, resume=False, measure=fails, clock=Clock(), about=about)
+    assert [r["error"] for r in result["rows"]] == ["RuntimeError: wrong result", None]
+    shown = table([*todo, *works(1, 1, 1)[2:]], result)
+    assert "FAILED" in shown
+    assert "RuntimeError: wrong result" in shown
+    assert "0.500" in shown
+    assert "not measured yet: W2" in shown
+    assert max(map(len, shown.splitlines())) <= 80
+    result = run(todo, out, 1.0, resume=True, measure=row, clock=Clock(), about=about)
+    assert [r["error"] for r in result["rows"]] == [None, None]
+    assert measured(result) == {"W0", "W1"}
+
+
+def test_measure_checks_first_and_divides_by_the_fastest_peer() -> None:
+    calls: list[str] = []
+    seconds = {"ours": iter((3.0, 2.0, 2.5, 2.5, 2.5)), "best": iter([1.0] * 5), "slow": iter([9.0] * 5),
+               "fast": iter([2.0] * 5)}  # fmt: skip
+
+    def step(name: str):
+        return lambda: calls.append(name)
+
+    def timer(step) -> float:
+        step()
+        if calls[-1] == "broken":
+            raise RuntimeError("no kernel")
+        return next(seconds[calls[-1]])
+
+    ours = {"ours": step("ours"), "best": step("best")}
+    peers = {"slow": step("slow"), "broken": step("broken"), "fast": step("fast")}
+    (found,) = measure(Work("W what", 1.0, lambda: (ours, peers, lambda: calls.append("check"))), timer)
+    assert calls[:6] == ["check", "ours", "best", "slow", "broken", "fast"]
+    assert calls[6:10] == ["fast", "slow", "best", "ours"]  # in turns, in the other order, without the broken one
+    assert (found.id, found.what, found.ratio) == ("W", "what", 1.25)  # the default, though another of ours is faster
+    assert found.note.startswith("ours / fast; best of ours: best, 0.500")
+    assert found.peers == {"slow": pytest.approx(2.5 / 9), "fast": 1.25, "broken": "failed, no kernel"}
+    assert found.times["ours"] == [3.0, 2.0, 2.5, 2.5, 2.5]
+
+    def wrong() -> None:
+        raise AssertionError("relative error 1")
+
+    timed = len(calls)
+    with pytest.raises(AssertionError, match="relative error"):
+        measure(Work("W", 1.0, lambda: ({"ours": step("ours")}, {}, wrong)), timer)
+    assert len(calls) == timed  # nothing was timed
+
+
+def test_plan_has_unique_ids_that_fit_a_slice() -> None:
+    ids = [w.id for w in plan()]
+    assert len(set(ids)) == len(ids)
+    assert {i.split()[0] for i in ids} == {f"G{n}" for n in range(1, 11)}
+    assert max(w.seconds for w in plan()) < 9 * 60
+
+
+@pytest.mark.parametrize("work", [w for w in plan(TINY) if "N=32768 /" not in w.id], ids=lambda w: w.id)
+def test_dry_run_on_a_cpu(work: Work) -> None:
+    """Every measurement at a tiny size: it is built, its check passes, and all that was asked for is timed."""
+    if work.id.startswith("G8"):
+        pytest.importorskip("sklearn")
+        pytest.importorskip("skimage")
+    found, *_ = measure(work, _timed)
+    assert found.medians
+    assert found.ratio > 0
+    failed = {name for name, said in found.peers.items() if isinstance(said, str)}
+    assert failed <= {"SDPA cudnn", "SDPA efficient", "SDPA flash"}
+
+
+def _timed(step) -> float:
+    begin = time.perf_counter()
+    step()
+    return time.perf_counter() - begin
+
+
+@pytest.mark.parametrize("broken", ["q", "k", "v", "motion"])
+def test_the_backward_check_sees_a_wrong_gradient(broken: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A gradient that is 1 % off in one row of 32 is found before anything is timed."""
+    (work,) = [w for w in plan(TINY) if w.id == "G4 backward with gate gradients"]
+    grad = torch.autograd.grad
+
+    def wrong(outputs, inputs, *args, **kwargs):
+        grads = list(grad(outputs, inputs, *args, **kwargs))
+        if inputs[0].dtype == torch.float32:  # not the reference's
+            index = ("q", "k", "v", "motion").index(broken)
+            grads[index] = grads[index].contiguous()
+            flat = grads[index].view(-1, grads[index].shape[-1])
+            flat[flat.norm(dim=1).argmax()] *= 1.01
+        return grads
+
+    _, _, check = work.build()
+    monkeypatch.setattr(torch.autograd, "grad", wrong)
+    with pytest.raises(AssertionError, match=f"gradient of {broken}: relative error"):
+        check()
+
+
+def test_arguments(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--list", "--only", "G5"]) == 0
+    assert capsys.readouterr().out.count("G5") == 3
+    for bad in (["--minutes", "0"], ["--only", "G99"]):
+        with pytest.raises(SystemExit) as stopped:
+            main(bad)
+        assert stopped.value.code == 2
+    assert "there are G1 to G10" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_without_a_device_it_says_so(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([]) == 1
+    assert "no CUDA device" in capsys.readouterr().err
+
+
+def test_a_peer_for_the_attention_received_computes_the_mean_per_key(monkeypatch) -> None:
+    """With a stand-in of flash-colreduce's signature: (query, key, reduction, is_causal=False, scale=None)."""
+
+    def colreduce(query, key, reduction, is_causal=False, scale=None):
+        p = torch.softmax(query @ key.mT * query.shape[-1] ** -0.5, dim=-1)
+        return {"sum": p.sum(2), "mean": p.mean(2)}[reduction]
+
+    monkeypatch.setitem(sys.modules, "flash_colreduce", SimpleNamespace(flash_colreduce=colreduce))
+    ours, others, check = _received(TINY, 32768, "flash-colreduce")
+    check()
+    (mean,) = others["flash-colreduce"]()
+    torch.testing.assert_close(mean, ours["default"]().mean.to(mean.dtype))
+    wrong = SimpleNamespace(flash_colreduce=lambda *qk, reduction: 1.1 * colreduce(*qk, reduction))
+    monkeypatch.setitem(sys.modules, "flash_colreduce", wrong)
+    _, _, check = _received(TINY, 32768, "flash-colreduce")
+    with pytest.raises(AssertionError, match="the mean of flash-colreduce: relative error"):
+        check()
+    wrong.__spec__ = ModuleSpec("flash_colreduce", None)  # installed
+    planned = [[w.id for w in plan(replace(TINY, device=device)) if "colreduce" in w.id] for device in ("cpu", "cuda")]
+    assert planned == [[], ["G7 received, given lse / flash-colreduce"]]
