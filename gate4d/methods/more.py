@@ -385,10 +385,8 @@ class _Causal:
         size = 1 if self.frame is None else self.frame.tokens[0]
         layout = TokenLayout(q.shape[2] // size, size)
         if self.made is None or self.made[0] != layout:
-            visible = Visibility.frame_causal(layout, self.window, self.anchors)
-            if self.causal == "token":  # neither an interval nor an anchor reaches past the query itself
-                visible.bounds[:, 1:].clamp_(max=torch.arange(1, layout.num_tokens + 1, dtype=torch.int32))
-            self.made = layout, visible
+            make = Visibility.token_causal if self.causal == "token" else Visibility.frame_causal
+            self.made = layout, make(layout, self.window, self.anchors)
         return self.made[1]
 
 

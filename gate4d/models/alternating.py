@@ -221,10 +221,13 @@ class Aggregator(nn.Module):
 def with_global_rows(layout: TokenLayout, causal: bool) -> Visibility:
     """The clip's queries, causal over frames or not, followed by one query a frame that sees every key."""
     tokens = layout.num_tokens
-    bounds = torch.tensor([0, tokens, 0], dtype=torch.int32)[None, :, None].repeat(1, 1, tokens + layout.frames)
-    if causal:
-        bounds[:, :, :tokens] = Visibility.frame_causal(layout).bounds
-    return Visibility(bounds, tokens, tokens)
+
+    def everything(queries: int) -> Visibility:
+        start = torch.zeros(queries, dtype=torch.int32)
+        return Visibility.intervals(start, torch.full_like(start, tokens))
+
+    clip = Visibility.frame_causal(layout) if causal else everything(tokens)
+    return clip.with_rows(everything(layout.frames))
 
 
 class Past:
