@@ -22,6 +22,7 @@ from ..visibility import TokenLayout, Visibility
 from .rollout import require_family, require_parts, stream_images
 
 CAUSAL = ("frame", "token")
+COPIED = "additional_camera_token"  # [1, 2, 1, C], the first for frame 0 and the second for all others
 
 
 class MoreFrame(NamedTuple):
@@ -30,7 +31,8 @@ class MoreFrame(NamedTuple):
     Attributes:
         prediction: what the model returns for a clip of this frame.
         camera: ``[B, 9]``, what its camera head returns (of several rounds, the last).
-        motion: bool ``[B, H, W]``, True = moving, where the prediction has ``motion`` logits; else None.
+        motion: bool ``[B, H, W]``, True = moving, where the prediction has ``motion`` logits ``[B, 1, H, W]`` or
+            ``[B, 1, H, W, 1]``; else None.
     """
 
     prediction: Any
@@ -75,7 +77,8 @@ class More:
     Args:
         window: frames that a query sees, its own included; None for all.
         anchors: leading frames that stay visible beside the window.
-        camera_pass: whether :meth:`run` ends with it; a stream then keeps ``(blocks + 1) * C`` numbers a cached frame.
+        camera_pass: whether :meth:`run` ends with it; a stream then keeps ``(blocks + 1) * C`` numbers a cached frame
+            (or what is said above).
         causal: ``"frame"``, or, as an ablation, ``"token"``: in global blocks a token sees only itself and those
             before it, as in a language model.
     """
@@ -93,7 +96,7 @@ class More:
         causal: str = "frame",
     ):
         rows = table.select("global")
-        require_family("more", rows or table, "vggt", "streamvggt", "stream3r")
+        require_family("more", rows or table, "vggt", "streamvggt", "stream3r", "more", "more-sparse")
         require_parts("more", model, ("aggregator", "camera_head"))
         self.aggregator = model.aggregator
         require_parts(
@@ -107,7 +110,7 @@ class More:
         self.closed = False
         self.own = callable(getattr(model, "stream", None))
         if causal == "token" and (self.own or rows[0].family != "vggt"):
-            raise ValueError("causal='token' needs a VGGT: this model has causal attention of its own.")
+            raise ValueError("causal='token' needs a VGGT: this model has a forward of its own that stays as it is.")
         self.globals = [row.control for row in rows]
         self.trunk = [row.control for row in table.select("camera head")]
         if self.own:
@@ -162,6 +165,7 @@ class More:
                 f"{order}, block size {size}, {frame} frame and {depth} global blocks."
             )
         tokens = {n: p for n, p in self.aggregator.named_parameters(recurse=False) if p.dim() == 4}
+        self.copied = tokens.pop(COPIED, None)
         self.specials = [n for n, p in tokens.items() if p.shape[:2] == (1, 2)]
         found = sum(tokens[n].shape[2] for n in self.specials)
         if found != self.aggregator.patch_start_idx:
@@ -185,6 +189,8 @@ class MoreStream(Iterator[MoreFrame]):
         with torch.no_grad():
             prediction, camera = self.step(next(self.images))
             logits = prediction.get("motion") if isinstance(prediction, dict) else None
+            if logits is not None and logits.dim() == 5:
+                logits = logits[..., 0]
             return MoreFrame(prediction, camera, None if logits is None else logits[:, 0] > 0)
 
     def step(self, image: Tensor) -> tuple[Any, Tensor]:
@@ -228,9 +234,11 @@ class _PatchedStream(MoreStream):
         ]
         self.trunk = [_PerCall(method.window, method.anchors) for _ in method.trunk]
         self.number = 0
-        # Of the cached frames, by number: the camera token [B, C] at the first block, and what each frame block added.
+        # Of the cached frames, by number: the camera token [B, C] at the first block, and what each frame block added;
+        # of a model with copied camera tokens, each frame block's tokens [B, P, C] and their positions [B, P, 2].
         self.start: dict[int, Tensor] = {}
         self.steps: list[dict[int, Tensor]] = [{} for _ in self.caches]
+        self.places: dict[int, Tensor | None] = {}
         self.seen: dict[str, Any] = {}  # of the last frame
 
     def step(self, image: Tensor) -> tuple[Any, Tensor]:
@@ -243,11 +251,11 @@ class _PatchedStream(MoreStream):
         by_view = list(inspect.signature(type(model).forward).parameters)[1] == "views"  # StreamVGGT
         for trunk in self.trunk:
             trunk.calls = 0
-        with self._caching(self.trunk), self._watching():
+        with self._caching(self.trunk), self._watching(), self._plain():
             prediction = functional_call(model, later, ([{"img": image}] if by_view else image[:, None],))
         self.number += 1
         held = set(self.caches[0].frame_ids)
-        for kept in (self.start, *self.steps):
+        for kept in (self.start, self.places, *self.steps):
             for left in kept.keys() - held:
                 del kept[left]
         return prediction, self.seen["camera"]
@@ -260,14 +268,50 @@ class _PatchedStream(MoreStream):
         x = inside = torch.stack([self.start[n] for n in held], dim=1)  # [B, n, C]
         pos = self.seen["pos"]
         pos = None if pos is None else pos[:, :1].expand(-1, len(held), -1)
+        aggregator = self.method.aggregator
         with self._caching(None):
-            for block, steps in zip(self.method.aggregator.global_blocks, self.steps, strict=True):
-                inside = x + torch.stack([steps[n] for n in held], dim=1)
+            for layer, block in enumerate(aggregator.global_blocks):
+                inside = self._inside(aggregator.frame_blocks[layer], layer, x, held)
                 x = _first(block(inside, pos=pos))
             form, args, kwargs = self.seen["head"]
             with torch.autocast(x.device.type, enabled=False):  # as VGGT does
                 out = self.method.model.camera_head(form.filled(inside, x), *args, **kwargs)
         return held, _last(out)
+
+    def _copy(self, camera: Tensor) -> Tensor:
+        """The copied token of the current frame, ``[B, C]`` like its camera token."""
+        first = self.number == 0 and not getattr(self.method.aggregator, "same_token", False)
+        return self.method.copied[:, 0 if first else 1, 0].to(camera).expand_as(camera)
+
+    def _inside(self, block: nn.Module, layer: int, x: Tensor, held: list[int]) -> Tensor:
+        """The tokens of the camera pass ``[B, n, C]`` after a frame block."""
+        kept = self.steps[layer]
+        if self.method.copied is None:
+            return x + torch.stack([kept[n] for n in held], dim=1)
+        moved = []
+        for i, n in enumerate(held):  # each in the place of its frame's camera token; frames may differ in size
+            tokens = torch.cat((x[:, i : i + 1], kept[n][:, 1:]), dim=1)
+            moved.append(_first(block(tokens, pos=self.places[n]))[:, 0])
+        return torch.stack(moved, dim=1)
+
+    @contextmanager
+    def _plain(self) -> Iterator[None]:
+        """The authors' aggregators without the copied tokens, which a stream adds at its end, and without the cache
+        that they keep themselves from call to call."""
+        aggregator, set_aside = self.method.aggregator, {}
+        for owner, name, value in (
+            (self.method.model, "additional_token", False),
+            (aggregator, "additional_token", False),
+            (aggregator, "global_kv_cache", [{"k": None, "v": None} for _ in aggregator.global_blocks]),
+        ):
+            if name in owner.__dict__:
+                set_aside[owner, name] = owner.__dict__[name]
+                owner.__dict__[name] = value
+        try:
+            yield
+        finally:
+            for (owner, name), value in set_aside.items():
+                owner.__dict__[name] = value
 
     @contextmanager
     def _caching(self, trunk: list[_PerCall] | None) -> Iterator[None]:
@@ -292,11 +336,13 @@ class _PatchedStream(MoreStream):
         aggregator, seen = self.method.aggregator, self.seen
 
         def inside(layer: int):
-            def hook(block: nn.Module, args: tuple, out: Any) -> None:
+            def hook(block: nn.Module, args: tuple, kwargs: dict[str, Any], out: Any) -> None:
                 before, after = args[0][:, 0], _first(out)[:, 0]
+                copied = self.method.copied
                 if layer == 0:
-                    self.start[self.number] = before.clone()
-                self.steps[layer][self.number] = after - before
+                    self.places[self.number] = kwargs.get("pos", args[1] if len(args) > 1 else None)
+                    self.start[self.number] = before.clone() if copied is None else self._copy(before)
+                self.steps[layer][self.number] = after - before if copied is None else args[0].clone()
                 seen["frame"] = after.clone()
 
             return hook
@@ -314,7 +360,7 @@ class _PatchedStream(MoreStream):
         with ExitStack() as stack:
             if self.method.camera_pass:
                 for layer, block in enumerate(aggregator.frame_blocks):
-                    stack.callback(block.register_forward_hook(inside(layer)).remove)
+                    stack.callback(block.register_forward_hook(inside(layer), with_kwargs=True).remove)
                 last = aggregator.global_blocks[-1]
                 stack.callback(last.register_forward_hook(over_all, with_kwargs=True).remove)
             stack.callback(self.method.model.camera_head.register_forward_hook(head, with_kwargs=True).remove)

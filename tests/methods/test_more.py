@@ -359,3 +359,14 @@ def test_real_checkouts(name):
     assert report["pose"] <= 1e-5
     assert report["depth"] <= 1e-5
     assert report["camera pass"] > 1e-3
+
+
+def test_the_authors_checkout():
+    if "GATE4D_UPSTREAM_MORE" not in os.environ:
+        pytest.skip("GATE4D_UPSTREAM_MORE does not name a checkout")
+    script = Path(__file__).parent / "upstream_more.py"
+    done = subprocess.run([sys.executable, script, "MORE"], capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-3000:]
+    report = json.loads(done.stdout.splitlines()[-1])
+    assert report.pop("camera pass moves") > 1e-3
+    assert all(report[f"{form}: {what}"] <= 1e-5 for form in ("ranges", "cache") for what in ("tokens", "camera pass"))
