@@ -364,7 +364,7 @@ def test_real_checkouts(name):
 def test_the_authors_checkout():
     if "GATE4D_UPSTREAM_MORE" not in os.environ:
         pytest.skip("GATE4D_UPSTREAM_MORE does not name a checkout")
-    script = Path(__file__).parent / "upstream_more.py"
+    script = Path(__file__).parents[1] / "helpers" / "upstream_more.py"
     done = subprocess.run([sys.executable, script, "MORE"], capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]
     report = json.loads(done.stdout.splitlines()[-1])

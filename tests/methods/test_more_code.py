@@ -4,13 +4,13 @@ import gc
 
 import pytest
 import torch
-from accuracy import assert_accurate
+from helpers.accuracy import assert_accurate
 from standins import more
 from standins.common import live_bytes
 from torch.nn import functional as F
 
 import gate4d
-from gate4d.methods.more_losses import ForcedAttention, MoreRecipe
+from gate4d.methods.losses import ForcedAttention, MoreRecipe
 
 VARIANTS = [{}, {"additional_token": False}, {"same_token": True}, {"sparse": False}]
 
