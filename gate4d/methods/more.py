@@ -62,8 +62,13 @@ class More:
     While patched, a plain forward of a VGGT is frame-causal in its global blocks and its camera head, which is how such
     a model is trained. :meth:`stream` gives the same outputs frame by frame, from caches of keys and values; frames may
     differ in size, and so in their number of tokens. StreamVGGT and STream3R have causal masks of their own, which a
-    plain forward keeps; they stream like VGGT. A model that brings a ``stream`` of its own, with a ``camera_pass``
-    (:class:`gate4d.models.alternating.AlternatingModel`), runs by that, and trains by ``model(images, causal=True)``.
+    plain forward keeps; they stream like VGGT. So does the authors' model, whose forward stays as it is: grouped causal
+    where it was built with ``SparseAttention``, with a camera head that sees the whole clip.
+
+    A model whose frames hang together by more than attention (:class:`gate4d.models.alternating.AlternatingModel`,
+    which trains by ``model(images, causal=True)``) has a method ``carry``: what it returns is the ``past`` of each
+    forward of a stream, by which the model goes on. Its frames have one size. As its pose is one step after another,
+    its camera pass takes all frames, also those that left the cache, whose numbers are kept; so that alone grows.
 
     **The camera pass.** After the stream "each frame's cached camera query attends once more to all cached keys and
     values". Read here as: the frames' camera tokens go through all blocks again, alone. In global block l they query
@@ -108,15 +113,14 @@ class More:
         self.model = model
         self.window, self.anchors, self.camera_pass, self.causal = window, anchors, camera_pass, causal
         self.closed = False
-        self.own = callable(getattr(model, "stream", None))
-        if causal == "token" and (self.own or rows[0].family != "vggt"):
+        self.carry = getattr(model, "carry", None)
+        own = self.carry is not None or rows[0].family != "vggt"  # its plain forward stays as it is
+        if causal == "token" and own:
             raise ValueError("causal='token' needs a VGGT: this model has a forward of its own that stays as it is.")
         self.globals = [row.control for row in rows]
         self.trunk = [row.control for row in table.select("camera head")]
-        if self.own:
-            return
         self._check_order(len(rows))
-        if rows[0].family == "vggt":
+        if not own:
             inside = [row.control for row in table.select("frame")]
             for control, frame in zip(self.globals, inside, strict=True):
                 control.visible = _Causal(frame, window, anchors, causal)
@@ -128,7 +132,7 @@ class More:
 
         Its :meth:`MoreStream.camera_pass` can be called between frames and at the end.
         """
-        return (_OwnStream if self.own else _PatchedStream)(self, frames)
+        return MoreStream(self, frames)
 
     def run(self, frames: Any) -> MoreResult:
         """The whole clip.
@@ -136,7 +140,7 @@ class More:
         Args:
             frames: images ``[T, 3, H, W]`` or ``[B, T, 3, H, W]`` in [0, 1], or an iterable of images ``[3, H, W]`` or
                 ``[B, 3, H, W]``; sides are multiples of the model's patch size, and may change from frame to frame
-                unless the model runs by a stream of its own. One frame is enough.
+                unless the model has a ``carry``. One frame is enough.
 
         Raises:
             ValueError, TypeError: frames do not fit, or there are none.
@@ -176,58 +180,17 @@ class More:
 
 
 class MoreStream(Iterator[MoreFrame]):
-    """The frames of a stream; several may run by turns."""
+    """The frames of a stream; several may run by turns.
+
+    Runs the model on one frame at a time, with caches in its global blocks and its camera head.
+    """
 
     def __init__(self, method: More, frames: Any):
         self.method = method
         reference = next(method.model.parameters())
-        self.images = stream_images(
-            frames, method.aggregator.patch_size, device=reference.device, dtype=reference.dtype, one_size=method.own
-        )
-
-    def __next__(self) -> MoreFrame:
-        with torch.no_grad():
-            prediction, camera = self.step(next(self.images))
-            logits = prediction.get("motion") if isinstance(prediction, dict) else None
-            if logits is not None and logits.dim() == 5:
-                logits = logits[..., 0]
-            return MoreFrame(prediction, camera, None if logits is None else logits[:, 0] > 0)
-
-    def step(self, image: Tensor) -> tuple[Any, Tensor]:
-        """Prediction and camera ``[B, 9]`` of the next frame ``[B, 3, H, W]``."""
-        raise NotImplementedError
-
-    def camera_pass(self) -> tuple[list[int], Tensor]:
-        """Numbers of the frames that are cached, in order, and their cameras ``[B, n, 9]`` from a second look.
-
-        Raises:
-            ValueError: no frame was read yet, or the method was told to do without (``camera_pass=False``).
-        """
-        raise NotImplementedError
-
-
-class _OwnStream(MoreStream):
-    """The model's own."""
-
-    def __init__(self, method: More, frames: Any):
-        super().__init__(method, frames)
-        self.inner = method.model.stream(self.images, window=method.window, anchors=method.anchors)
-
-    def __next__(self) -> MoreFrame:
-        prediction = next(self.inner)
-        return MoreFrame(prediction, prediction["pose_enc"][:, 0], prediction["motion"][:, 0] > 0)
-
-    def camera_pass(self) -> tuple[list[int], Tensor]:
-        cameras = self.inner.camera_pass()
-        held = sorted(self.inner.past.caches[0].frame_ids)
-        return held, cameras[:, held]
-
-
-class _PatchedStream(MoreStream):
-    """Runs a VGGT on one frame at a time, with caches in its global blocks and its camera head."""
-
-    def __init__(self, method: More, frames: Any):
-        super().__init__(method, frames)
+        self.past = None if method.carry is None else method.carry()
+        place = {"device": reference.device, "dtype": reference.dtype}
+        self.images = stream_images(frames, method.aggregator.patch_size, **place, one_size=self.past is not None)
         token = method.causal == "token"
         self.caches = [
             FrameKVCache(method.window, anchors=method.anchors, ragged=True, token_causal=token) for _ in method.globals
@@ -241,7 +204,16 @@ class _PatchedStream(MoreStream):
         self.places: dict[int, Tensor | None] = {}
         self.seen: dict[str, Any] = {}  # of the last frame
 
-    def step(self, image: Tensor) -> tuple[Any, Tensor]:
+    def __next__(self) -> MoreFrame:
+        with torch.no_grad():
+            prediction, camera = self._step(next(self.images))
+            logits = prediction.get("motion") if isinstance(prediction, dict) else None
+            if logits is not None and logits.dim() == 5:
+                logits = logits[..., 0]
+            return MoreFrame(prediction, camera, None if logits is None else logits[:, 0] > 0)
+
+    def _step(self, image: Tensor) -> tuple[Any, Tensor]:
+        """Prediction and camera ``[B, 9]`` of the next frame ``[B, 3, H, W]``."""
         if self.method.closed:
             raise RuntimeError("the patch was removed: finish the stream before, or start a new one.")
         model, later = self.method.model, {}
@@ -252,9 +224,11 @@ class _PatchedStream(MoreStream):
         for trunk in self.trunk:
             trunk.calls = 0
         with self._caching(self.trunk), self._watching(), self._plain():
-            prediction = functional_call(model, later, ([{"img": image}] if by_view else image[:, None],))
+            inputs = [{"img": image}] if by_view else image[:, None]
+            carried = {} if self.past is None else {"past": self.past}
+            prediction = functional_call(model, later, (inputs,), carried)
         self.number += 1
-        held = set(self.caches[0].frame_ids)
+        held = set(self.caches[0].frame_ids) if self.past is None else self.start.keys()
         for kept in (self.start, self.places, *self.steps):
             for left in kept.keys() - held:
                 del kept[left]
@@ -262,6 +236,11 @@ class _PatchedStream(MoreStream):
 
     @torch.no_grad()
     def camera_pass(self) -> tuple[list[int], Tensor]:
+        """Numbers of the frames that are cached, in order, and their cameras ``[B, n, 9]`` from a second look.
+
+        Raises:
+            ValueError: no frame was read yet, or the method was told to do without (``camera_pass=False``).
+        """
         if not self.start:
             raise ValueError("camera_pass needs a stream that has read a frame, of a method with camera_pass=True.")
         held = sorted(self.start)
@@ -276,7 +255,8 @@ class _PatchedStream(MoreStream):
             form, args, kwargs = self.seen["head"]
             with torch.autocast(x.device.type, enabled=False):  # as VGGT does
                 out = self.method.model.camera_head(form.filled(inside, x), *args, **kwargs)
-        return held, _last(out)
+        cached = [n for n in held if n in self.caches[0].frame_ids]
+        return cached, _last(out)[:, [held.index(n) for n in cached]]
 
     def _copy(self, camera: Tensor) -> Tensor:
         """The copied token of the current frame, ``[B, C]`` like its camera token."""
@@ -340,7 +320,8 @@ class _PatchedStream(MoreStream):
                 before, after = args[0][:, 0], _first(out)[:, 0]
                 copied = self.method.copied
                 if layer == 0:
-                    self.places[self.number] = kwargs.get("pos", args[1] if len(args) > 1 else None)
+                    if copied is not None:
+                        self.places[self.number] = kwargs.get("pos", args[1] if len(args) > 1 else None)
                     self.start[self.number] = before.clone() if copied is None else self._copy(before)
                 self.steps[layer][self.number] = after - before if copied is None else args[0].clone()
                 seen["frame"] = after.clone()
@@ -355,7 +336,8 @@ class _PatchedStream(MoreStream):
             seen["camera"] = _last(out)[:, 0]
             if self.method.camera_pass:
                 form = _HeadInput.of(args[0], seen["frame"][:, None], seen["global"][:, None])
-                seen["head"] = form, args[1:], kwargs
+                # The pass takes all frames at once, from the first: there is no past.
+                seen["head"] = form, args[1:], {n: x for n, x in kwargs.items() if n != "past"}
 
         with ExitStack() as stack:
             if self.method.camera_pass:
