@@ -8,13 +8,17 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+MAX_COUNT = torch.iinfo(torch.int64).max
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
 
 @dataclass(frozen=True, eq=False)
 class Moments:
     """Count, mean and sum of squared deviations of the samples seen, elementwise.
 
     Args:
-        count: samples behind each entry, an int or an integer tensor broadcastable to ``mean``; kept as int64.
+        count: samples behind each entry, an int or an integer tensor broadcastable to ``mean``; kept as int64. Sums of
+            counts stop at 2^63 - 1.
         mean: floating tensor of any shape; 0 where ``count`` is 0.
         m2: ``sum (x - mean) ** 2``, same shape and dtype.
 
@@ -25,8 +29,9 @@ class Moments:
     count: Tensor  # int64, the shape of mean
     mean: Tensor  # [...]
     m2: Tensor  # [...]
-    # What rounding took from mean and m2 in past merges ([2, ...]). With it many small partials merge into a large
-    # fp32 sum as accurately as one, where plain fp32 updates would drown in the sum's last bit.
+    # What rounding took from mean and m2 ([2, ...]). With it many small partials merge into a large fp32 sum as
+    # accurately as one, where plain fp32 updates would drown in the sum's last bit; and the last bit of a mean of 10^4,
+    # which is 10^-3, is not taken for a spread between partials.
     _carry: Tensor | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
@@ -38,6 +43,8 @@ class Moments:
                 f"m2 must have mean's shape {list(self.mean.shape)} and dtype {self.mean.dtype}, "
                 f"got {list(self.m2.shape)} and {self.m2.dtype}."
             )
+        if isinstance(self.count, int) and not 0 <= self.count <= MAX_COUNT:
+            raise ValueError(f"count must be in [0, 2^63 - 1], got {self.count}.")
         count = torch.as_tensor(self.count, device=self.mean.device)
         if count.is_floating_point() or count.is_complex() or count.dtype == torch.bool:
             raise TypeError(f"count must be an int or an integer tensor, got {count.dtype}.")
@@ -72,7 +79,8 @@ class Moments:
         # The rounded mean is off by a little; what that adds to the squares is known and removed.
         residual = deviation.mean(dims)
         m2 = (deviation.square().sum(dims) - count * residual.square()).clamp_min(0)
-        return cls(count, mean.reshape(m2.shape) + residual, m2)
+        mean, low = _add(mean.reshape(m2.shape), torch.zeros_like(residual), residual)
+        return cls(count, mean, m2, torch.stack((low, torch.zeros_like(low))))
 
     def merge(self, other: Moments) -> Moments:
         """Moments of both sets of samples together (Chan, Golub and LeVeque's pairwise update).
@@ -87,10 +95,13 @@ class Moments:
         (mean_low, m2_low), (other_mean_low, other_m2_low) = self._low(), other._low()
         dtype = self.mean.dtype
         count = self.count + other.count
-        share = other.count.to(dtype) / count.clamp_min(1).to(dtype)
-        delta = (other.mean - self.mean) + (other_mean_low - mean_low)
-        mean, mean_low = _add(self.mean, mean_low, delta * share)
-        between = delta.square() * (self.count.to(dtype) * share)
+        count = torch.where(count < 0, MAX_COUNT, count)  # wrapped around
+        share = other.count.to(dtype) / (self.count.to(dtype) + other.count.to(dtype)).clamp_min(1)
+        zero = torch.zeros_like(other.mean)
+        delta, delta_low = _add(other.mean, zero, -self.mean)
+        delta_low = delta_low + (other_mean_low - mean_low)
+        mean, mean_low = _add(self.mean, mean_low + delta_low * share, delta * share)
+        between = (delta + delta_low).square() * (self.count.to(dtype) * share)
         m2, m2_low = _add(self.m2, m2_low + other_m2_low, other.m2 + between)
         return Moments(count, mean, m2, torch.stack((mean_low, m2_low)))
 
@@ -100,15 +111,25 @@ class Moments:
         if not dims:
             return self
         dtype = self.mean.dtype
-        count = self.count.sum(dims, keepdim=True)
-        share = self.count.to(dtype) / count.clamp_min(1).to(dtype)
+        count, mean, m2, mean_low, m2_low = (
+            x.expand_as(self.mean).movedim(dims, tuple(range(-len(dims), 0))).flatten(-len(dims))
+            for x in (self.count, self.mean, self.m2, *self._low())
+        )  # each [..., K]
+        if not count.shape[-1]:
+            return Moments.empty(count.shape[:-1], dtype, mean.device)
+        weight = count.to(dtype)
+        share = weight / weight.sum(-1, keepdim=True).clamp_min(1)
         # Deviations from one of the entries: a large common mean must not cost the digits of its differences.
-        pivot = self.mean[tuple(slice(0, 1) if d in dims else slice(None) for d in range(self.mean.dim()))]
-        offset = (share * (self.mean - pivot)).sum(dims, keepdim=True)
-        between = self.count.to(dtype) * ((self.mean - pivot) - offset).square()
-        m2 = (self.m2 + between).sum(dims)
-        mean = torch.where(count > 0, pivot + offset, 0.0)
-        return Moments(count.reshape(m2.shape), mean.reshape(m2.shape), m2)
+        pivot = mean.gather(-1, count.argmax(-1, keepdim=True))
+        centred = (mean - pivot) + mean_low
+        offset = (share * centred).sum(-1, keepdim=True)
+        between = weight * (centred - offset).square()
+        pivot, offset = pivot[..., 0], offset[..., 0]
+        mean, low = _add(pivot, torch.zeros_like(pivot), offset)
+        total = _total(count)
+        mean, low = (torch.where(total > 0, x, 0.0) for x in (mean, low))
+        carry = torch.stack((low, torch.zeros_like(low)))
+        return Moments(total, mean, (m2 + m2_low + between).sum(-1), carry)
 
     def variance(self, unbiased: bool = True) -> Tensor:
         """``m2 / (count - 1)``, or ``m2 / count``; NaN where there are too few samples, as ``torch.var``."""
@@ -125,30 +146,54 @@ class Moments:
 
     def to(self, *args: torch.dtype | torch.device | str) -> Moments:
         """Mean and m2 in another dtype or on another device."""
-        carry = None if self._carry is None else self._carry.to(*args)
-        mean = self.mean.to(*args)
-        return Moments(self.count.to(mean.device), mean, self.m2.to(*args), carry)
+        mean, m2 = self.mean.to(*args), self.m2.to(*args)
+        carry = self._carry
+        if torch.finfo(mean.dtype).bits < torch.finfo(self.mean.dtype).bits:  # what the narrower ones leave
+            low = self._low()
+            left = [x - y.to(x) + z for x, y, z in ((self.mean, mean, low[0]), (self.m2, m2, low[1]))]
+            carry = torch.stack(left)
+        return Moments(self.count.to(mean.device), mean, m2, None if carry is None else carry.to(*args))
 
     @torch.no_grad()
     def all_reduce(self, group: torch.distributed.ProcessGroup | None = None) -> Moments:
         """Moments of the samples of all ranks, the same on each; not differentiable.
 
-        Shapes and dtypes must agree over the ranks. One float64 all-gather of ``3 x ranks`` values an entry.
+        Two all-gathers: of 64 integers a rank, and of three float64 values an entry and rank.
 
         Raises:
             RuntimeError: torch.distributed is not initialised.
+            ValueError: shapes or dtypes differ over the ranks; raised on all of them.
         """
         dist = torch.distributed
         if not (dist.is_available() and dist.is_initialized()):
             raise RuntimeError("all_reduce needs torch.distributed.init_process_group() first.")
+        self._check_ranks(group)
         mean_low, m2_low = self._low()
+        # A count above 2^53 has no float64 of its own: its bits are sent.
         packed = torch.stack(
-            (self.count.double(), self.mean.double() + mean_low.double(), self.m2.double() + m2_low.double())
+            (
+                self.count.contiguous().view(torch.float64),
+                self.mean.double() + mean_low.double(),
+                self.m2.double() + m2_low.double(),
+            )
         )
         parts = [torch.empty_like(packed) for _ in range(dist.get_world_size(group))]
         dist.all_gather(parts, packed, group=group)
-        count, mean, m2 = torch.stack(parts, dim=1)  # each [ranks, ...]
-        return Moments(count.to(torch.int64), mean, m2).pool(0).to(self.mean.dtype)
+        count, mean, m2 = (torch.stack(x) for x in zip(*parts, strict=True))  # each [ranks, ...]
+        return Moments(count.view(torch.int64), mean, m2).pool(0).to(self.mean.dtype)
+
+    def _check_ranks(self, group: torch.distributed.ProcessGroup | None) -> None:
+        """ValueError on every rank if one of them has another shape or dtype."""
+        dist = torch.distributed
+        shape = list(self.mean.shape)
+        about = [_DTYPES.index(self.mean.dtype), len(shape), *shape]
+        mine = torch.tensor([*about, *[0] * (64 - len(about))], device=self.mean.device)
+        parts = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
+        dist.all_gather(parts, mine, group=group)
+        found = [part.tolist() for part in parts]
+        if any(x != found[0] for x in found):
+            ranks = (f"rank {n}: {x[2 : 2 + x[1]]} {_DTYPES[x[0]]}" for n, x in enumerate(found))
+            raise ValueError(f"all_reduce needs one shape and dtype over the ranks, got {'; '.join(ranks)}.")
 
     def _low(self) -> Tensor:
         return torch.zeros(2, *(1,) * self.mean.dim()).to(self.mean) if self._carry is None else self._carry
@@ -161,6 +206,10 @@ def _add(x: Tensor, low: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     low = low + ((x - (total - back)) + (y - back))
     high = total + low
     return high, low - (high - total)
+
+
+def _total(count: Tensor) -> Tensor:  # [..., K] -> [...]
+    return torch.where(count.double().sum(-1) < 2.0**63, count.sum(-1), MAX_COUNT)
 
 
 def _dims(dims: int | Sequence[int], rank: int) -> tuple[int, ...]:

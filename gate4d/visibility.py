@@ -168,6 +168,17 @@ class Visibility:
         return cls(per_frame.repeat_interleave(repeats, dim=1)[None], layout.num_tokens, layout.num_tokens)
 
     @classmethod
+    def token_causal(cls, layout: TokenLayout, window: int | None = None, sinks: int = 0) -> Visibility:
+        """:meth:`frame_causal`, and a token sees of its own frame only itself and those before it, as in a language
+        model; an anchor's tokens too are seen by later ones only.
+        """
+        framed = cls.frame_causal(layout, window, sinks)
+        last = torch.arange(1, layout.num_tokens + 1, dtype=torch.int32)
+        start, end, sink = framed.bounds.unbind(1)
+        bounds = torch.stack((start, end.minimum(last), sink.minimum(last)), dim=1)
+        return cls(bounds, framed.key_extent, framed.num_keys)
+
+    @classmethod
     def packed(
         cls, cu_seqlens: Tensor | Sequence[int], cu_seqlens_k: Tensor | Sequence[int] | None = None
     ) -> Visibility:
@@ -215,6 +226,40 @@ class Visibility:
         if extent > torch.iinfo(torch.int32).max:
             raise ValueError(f"intervals must fit into int32, got a bound of {extent}.")
         return cls(bounds.clamp(max=torch.iinfo(torch.int32).max).to(torch.int32).contiguous(), extent)
+
+    def rows(self, index: Tensor | Sequence[int]) -> Visibility:
+        """What the queries ``index`` see, in that order, over the same keys; of a full visibility, itself.
+
+        Raises:
+            ValueError: an index is out of range.
+        """
+        if self.bounds is None:
+            return self
+        index = torch.as_tensor(index, dtype=torch.int64, device=self.bounds.device)
+        queries = self.bounds.shape[2]
+        if index.dim() != 1 or bool(((index < 0) | (index >= queries)).any()):
+            raise ValueError(f"index must be 1-D with entries in [0, {queries}), got {index.tolist()}.")
+        return Visibility(self.bounds[:, :, index], self.key_extent, self.num_keys)
+
+    def with_rows(self, other: Visibility) -> Visibility:
+        """These queries followed by those of ``other``, over the same keys.
+
+        Raises:
+            ValueError: one of the two is full, and so does not say how many queries it has, or they describe another
+                number of keys or batch items.
+        """
+        if self.bounds is None or other.bounds is None:
+            raise ValueError("with_rows needs two visibilities that list their queries, got a full one.")
+        keys = {v.num_keys for v in (self, other)} - {None}
+        batch = {v.bounds.shape[0] for v in (self, other)} - {1}
+        if len(keys) > 1 or len(batch) > 1:
+            raise ValueError(
+                f"other must describe the same keys and batch, got {other.num_keys} keys for {self.num_keys} and "
+                f"{other.bounds.shape[0]} items for {self.bounds.shape[0]}."
+            )
+        both = [v.bounds.expand(max(batch, default=1), -1, -1) for v in (self, other)]
+        extent = max(self.key_extent, other.key_extent)
+        return Visibility(torch.cat(both, dim=2), extent, next(iter(keys), None))
 
     def bounds_on(self, device: torch.device) -> Tensor | None:
         """``bounds`` on ``device``; the copy is kept, so that a visibility reused over layers is moved once."""

@@ -331,7 +331,8 @@ def more(size: Size, dtype: torch.dtype = torch.float32) -> dict[str, Step]:
         return gradients(maps @ v, loss)
 
     def ours() -> tuple[Tensor, ...]:
-        loss = attention_forcing(q, k, static, layout=layout, threshold=threshold, visible=visible)
+        hinge = {"form": "score hinge", "threshold": threshold}
+        loss = attention_forcing(q, k, static, layout=layout, visible=visible, **hinge)
         return gradients(gated_attention(q, k, v, visible=visible), loss)
 
     return {PLAIN: torch.enable_grad()(plain), AUTHORS: torch.enable_grad()(authors), OURS: torch.enable_grad()(ours)}

@@ -13,13 +13,15 @@ from .base import CROSS_PARTS, SELF_PARTS, PatchedAttention, Traits, examine, me
 from .croco import CrocoCross, CrocoSelf, Easi3rCross, Easi3rMaps, Easi3rSelf
 from .cut3r import Ttt3rCross, Ttt3rSelf
 from .generic import FastVggtSelf, GenericSelf, InterceptedSelf
+from .more import MoreDino, MoreSelf, MoreSparse
 from .stream import Stream3rMask, Stream3rSelf, StreamVggtGlobal, StreamVggtSelf
 from .vggt import DinoSelf, OmegaSelf, Pi3Self, Vggt4dSelf, VggtDinoSelf, VggtSelf
 
 # The first that fits and passes its exercise serves the module; exact conventions come before generic ones.
 ADAPTERS: tuple[type[PatchedAttention], ...] = (
     CrocoSelf, CrocoCross, Easi3rSelf, Easi3rCross, Ttt3rSelf, Ttt3rCross, StreamVggtSelf, Stream3rSelf, OmegaSelf,
-    Vggt4dSelf, Pi3Self, VggtSelf, VggtDinoSelf, DinoSelf, FastVggtSelf, InterceptedSelf, GenericSelf,
+    Vggt4dSelf, MoreSelf, MoreSparse, MoreDino, Pi3Self, VggtSelf, VggtDinoSelf, DinoSelf, FastVggtSelf,
+    InterceptedSelf, GenericSelf,
 )  # fmt: skip
 # Methods of a model (not of an attention module) that read what attention returns or build its masks.
 PARTS = (Easi3rMaps, Stream3rMask, StreamVggtGlobal)

@@ -1,6 +1,7 @@
 """MoRe's training losses (arXiv 2603.05078): attention forcing, confidence regression, motion, relative poses.
 
-Pure torch, differentiable, batch first; ``gate4d.methods.more`` runs a model trained with them.
+Pure torch, differentiable, batch first; ``gate4d.methods.more`` runs a model trained with them. Where the paper and the
+authors' code (github.com/HellexF/MoRe) differ, the code's definition is the default and the paper's a named option.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from ..visibility import TokenLayout, Visibility
 
+FORMS = ("product", "score hinge", "attention hinge", "kl")
 PENALISE = ("dynamic", "static")
 
 
@@ -42,7 +44,9 @@ def static_scores(motion: Tensor, patch: int) -> Tensor:
     return 1 - moving.flatten(-2)
 
 
-def camera_attention(q: Tensor, k: Tensor, *, scale: float | None = None, visible: Visibility | None = None) -> Tensor:
+def camera_attention(
+    q: Tensor, k: Tensor, *, scale: float | None = None, visible: Visibility | None = None, log: bool = False
+) -> Tensor:
     """Attention of the camera rows over all keys; nothing larger than the result is held, for the backward neither.
 
     Args:
@@ -50,10 +54,11 @@ def camera_attention(q: Tensor, k: Tensor, *, scale: float | None = None, visibl
         k: ``[B, H, N, D]``, all keys.
         scale: of the logits; ``D ** -0.5`` if None.
         visible: which keys each of the ``Nc`` queries sees; all if None.
+        log: the logarithm of the attention, finite where the attention itself would be too small for its dtype.
 
     Returns:
         ``[B, H, Nc, N]``, fp32 or the wider input dtype; the logits are computed in the inputs' dtype, the softmax in
-        the result's. A query that sees nothing has a row of zeros.
+        the result's. A query that sees nothing has a row of zeros (``-inf`` with ``log``).
 
     Raises:
         ValueError: shapes do not fit.
@@ -63,8 +68,9 @@ def camera_attention(q: Tensor, k: Tensor, *, scale: float | None = None, visibl
     scale = q.shape[3] ** -0.5 if scale is None else scale
     logits = (q * scale) @ k.transpose(2, 3)
     dtype = torch.promote_types(logits.dtype, torch.float32)
+    softmax, nothing = (torch.log_softmax, -torch.inf) if log else (torch.softmax, 0.0)
     if visible is None or visible.bounds is None:
-        return logits.softmax(-1, dtype=dtype)
+        return softmax(logits, -1, dtype=dtype)
     if visible.bounds.shape[2] != q.shape[2] or visible.key_extent > k.shape[2]:
         raise ValueError(
             f"visible must describe {q.shape[2]} queries over {k.shape[2]} keys, got {visible.bounds.shape[2]} queries "
@@ -73,8 +79,8 @@ def camera_attention(q: Tensor, k: Tensor, *, scale: float | None = None, visibl
     seen = visible.dense(q.shape[2], k.shape[2])  # [1 or B, Nc, N]
     blind = ~seen.any(-1, keepdim=True)
     hidden = (~(seen | blind))[:, None].to(q.device)
-    rows = logits.masked_fill(hidden, -torch.inf).softmax(-1, dtype=dtype)
-    return rows.masked_fill(blind[:, None].to(q.device), 0) if blind.any() else rows
+    rows = softmax(logits.masked_fill(hidden, -torch.inf), -1, dtype=dtype)
+    return rows.masked_fill(blind[:, None].to(q.device), nothing) if blind.any() else rows
 
 
 def attention_forcing(
@@ -83,25 +89,39 @@ def attention_forcing(
     static: Tensor,
     *,
     layout: TokenLayout,
-    threshold: float,
+    form: str = "product",
+    threshold: float | None = None,
     penalise: str = "dynamic",
     visible: Visibility | None = None,
     scale: float | None = None,
 ) -> Tensor:
-    """``L = (1/M) sum_i max(0, s_i - C) * alpha_i``: keeps the camera tokens from looking at what must not guide them.
+    """Keeps the camera tokens from looking at what must not guide them.
 
-    ``alpha_i`` is a camera token's attention over all keys, taken at image token ``i``; ``M`` counts the image tokens
-    the camera token sees. The mean over camera tokens (one a frame, the first), heads and batch is returned.
+    ``alpha_i`` is a camera token's attention over all keys, taken at image token ``i``; ``s_i`` is how much looking
+    there is penalised; ``M`` counts the image tokens the camera token sees. Of each camera token (one a frame, the
+    first) and head, by ``form``:
 
-    The formula is printed with ``s = a``, the static score, which would push attention *off the static* scene, while
-    the text around it says the opposite; so the sign is a parameter.
+    - ``"product"``: ``(1/M) sum_i s_i alpha_i``. This is the authors' code, which takes it on the camera rows of the
+      last frame block: queries and keys ``[B * T, H, P, D]`` of that block and a ``layout`` of one frame, so that the
+      softmax is over the tokens of the camera's own frame, special ones included.
+    - ``"score hinge"``: ``(1/M) sum_i max(0, s_i - C) alpha_i``, the paper's equation 8. It is printed with
+      ``s = a``, the static score, which would push attention *off the static* scene, while the text around it and the
+      code say the opposite; so the sign is a parameter.
+    - ``"attention hinge"``: ``(1/M) sum_i s_i max(0, alpha_i - C)``, with the hinge on the attention, as in the paper's
+      section 9.3: attention up to ``C`` is free.
+    - ``"kl"``: ``sum_i t_i log(t_i / alpha_i)`` with ``t_i`` in proportion to ``1 - s_i``, summing to 1 over the image
+      tokens the camera token sees: the divergence of the paper's ablation. 0 where no token may be looked at.
+
+    The mean over camera tokens, heads and batch is returned. The details of the last two (the factor ``1/M``, what
+    ``t`` is normalised over, that attention on special tokens counts as lost) are this project's reading.
 
     Args:
-        q, k: ``[B, H, N, D]`` of a global block, after norm and RoPE, frame after frame as in ``layout``.
+        q, k: ``[B, H, N, D]`` of a block, after norm and RoPE, frame after frame as in ``layout``.
         static: ``[B, T, patches]`` (ragged layouts: ``[B, sum of patches]``) from :func:`static_scores`, 1 = static.
         layout: of the ``N`` tokens; needs at least one special token a frame, the first is the camera's.
-        threshold: ``C``, in [0, 1): scores up to it cost nothing.
-        penalise: ``"dynamic"``: ``s = 1 - a``, attention on moving tokens costs; ``"static"``: ``s = a``, as printed.
+        form: see above.
+        threshold: ``C`` of the two hinges, in [0, 1); they need it, the others have none.
+        penalise: ``"dynamic"``: ``s = 1 - static``, attention on moving tokens costs; ``"static"``: ``s = static``.
         visible: of all ``N`` queries, :meth:`gate4d.Visibility.frame_causal` for one; full if None.
         scale: of the logits; ``D ** -0.5`` if None.
 
@@ -111,10 +131,15 @@ def attention_forcing(
     Raises:
         ValueError: shapes, ``layout`` or options do not fit.
     """
+    if form not in FORMS:
+        raise ValueError(f"form must be one of {list(FORMS)}, got {form!r}.")
     if penalise not in PENALISE:
         raise ValueError(f"penalise must be one of {list(PENALISE)}, got {penalise!r}.")
-    if not 0 <= threshold < 1:
-        raise ValueError(f"threshold must be in [0, 1), got {threshold!r}.")
+    if form.endswith("hinge"):
+        if threshold is None or not 0 <= threshold < 1:
+            raise ValueError(f"threshold must be in [0, 1) for form={form!r}, got {threshold!r}.")
+    elif threshold is not None:
+        raise ValueError(f"threshold has no effect with form={form!r}, got {threshold!r}: leave it None.")
     if not layout.special_tokens:
         raise ValueError(f"layout must have a camera token (special_tokens >= 1), got {layout!r}.")
     if q.dim() != 4 or q.shape != k.shape or q.shape[2] != layout.num_tokens:
@@ -128,31 +153,54 @@ def attention_forcing(
             raise ValueError(
                 f"visible must describe {layout.num_tokens} queries, got {visible.bounds.shape[2]} queries."
             )
-        rows = Visibility(visible.bounds[:, :, camera.to(visible.bounds.device)], visible.key_extent)
-    alpha = camera_attention(q[:, :, camera.to(q.device)], k, scale=scale, visible=rows)
-    scores = static if penalise == "static" else 1 - static
-    cost = layout.token_scores((scores.to(alpha.dtype) - threshold).relu()).to(alpha.device)  # [B, N], 0 at specials
-    per_row = torch.einsum("bhcn,bn->bhc", alpha, cost)
+        rows = visible.rows(camera)
+    alpha = camera_attention(q[:, :, camera.to(q.device)], k, scale=scale, visible=rows, log=form == "kl")
     counts = layout.is_patch()[None, None]  # of image tokens seen
     if rows is not None:
         counts = counts & rows.dense(len(camera), layout.num_tokens).cpu()
-    return (per_row / counts.sum(-1)[:, None].clamp_min(1).to(alpha.device)).mean()
+    counts = counts.to(alpha.device)  # [1 or B, 1 or Nc, N]
+    scores = (static if penalise == "static" else 1 - static).to(alpha.dtype)
+    if form == "kl":
+        target = layout.token_scores(1 - scores).to(alpha.device)[:, None] * counts
+        target = target / target.sum(-1, keepdim=True).clamp_min(torch.finfo(target.dtype).tiny)
+        none = target == 0
+        logs = alpha.masked_fill(none[:, None], 0)  # -inf where not seen, and 0 * inf is no 0
+        own = (target * target.masked_fill(none, 1).log()).sum(-1)[:, None]
+        return (own - torch.einsum("bhcn,bcn->bhc", logs, target)).mean()
+    if form == "score hinge":
+        scores = (scores - threshold).relu()
+    elif form == "attention hinge":
+        alpha = (alpha - threshold).relu()
+    cost = layout.token_scores(scores).to(alpha.device)  # [B, N], 0 at specials
+    per_row = torch.einsum("bhcn,bn->bhc", alpha, cost)
+    return (per_row / counts.sum(-1)[:, None].clamp_min(1)).mean()
 
 
 def confidence_regression(
-    prediction: Tensor, target: Tensor, confidence: Tensor, *, weight: float, valid: Tensor | None = None
+    prediction: Tensor,
+    target: Tensor,
+    confidence: Tensor,
+    *,
+    weight: float,
+    valid: Tensor | None = None,
+    power: int = 2,
 ) -> Tensor:
-    """``c |y^ - y|^2 - weight * log c``, mean over the valid entries; 0 if there are none.
+    """``c |y^ - y|^power - weight * log c``, mean over the valid entries; 0 if there are none.
+
+    Of depth, and of point maps, whose entries are points.
 
     Args:
         prediction, target: ``[...]``, or ``[..., C]`` where the square is summed over the C components.
         confidence: ``c`` > 0, ``[...]``.
         weight: > 0, what certainty is worth.
         valid: bool ``[...]``; entries outside do not count, whatever ``target`` holds there. All if None.
+        power: 2 for squares, as the paper writes it, 1 for distances, as the authors' code takes them.
 
     Raises:
-        ValueError: shapes do not fit.
+        ValueError: shapes or ``power`` do not fit.
     """
+    if power not in (1, 2):
+        raise ValueError(f"power must be 1 or 2, got {power!r}.")
     if prediction.shape != target.shape or confidence.shape not in (prediction.shape, prediction.shape[:-1]):
         raise ValueError(
             "prediction and target must have one shape, confidence the same or one without the last axis, got "
@@ -161,9 +209,13 @@ def confidence_regression(
     if valid is not None:
         _check_valid(valid, confidence)
         prediction, target, confidence = prediction[valid], target[valid], confidence[valid]
-    square = (prediction - target).square()
-    square = square if square.dim() == confidence.dim() else square.sum(-1)
-    return (confidence * square - weight * confidence.log()).sum() / max(1, confidence.numel())
+    off = prediction - target
+    components = off.dim() > confidence.dim()
+    if power == 1:
+        size = off.norm(dim=-1) if components else off.abs()  # norm's derivative is 0 at 0, that of a root is not
+    else:
+        size = off.square().sum(-1) if components else off.square()
+    return (confidence * size - weight * confidence.log()).sum() / max(1, confidence.numel())
 
 
 def motion_bce(logits: Tensor, motion: Tensor, valid: Tensor | None = None) -> Tensor:
@@ -186,14 +238,18 @@ def motion_bce(logits: Tensor, motion: Tensor, valid: Tensor | None = None) -> T
     return summed / max(1, logits.numel())
 
 
-def relative_pose(pose_enc: Tensor, target_pose_enc: Tensor) -> tuple[Tensor, Tensor]:
+def relative_pose(pose_enc: Tensor, target_pose_enc: Tensor, *, detach_earlier: bool = True) -> tuple[Tensor, Tensor]:
     """Error of the motion between every two frames: independent of which frame is the origin.
 
-    With ``x_camera = R x + t`` the motion from frame i to frame j is ``R_j R_i^T, t_j - R_j R_i^T t_i``.
+    With ``x_camera = R x + t`` the motion from frame i to frame j is ``R_j R_i^T, t_j - R_j R_i^T t_i``. (The authors'
+    code forms ``inverse(T_i) T_j`` from the same world-to-camera matrices, which does depend on the origin, and takes
+    L1 distances of its entries.)
 
     Args:
         pose_enc, target_pose_enc: ``[B, T, 9]`` or ``[B, T, >= 7]`` in VGGT's convention: translation, quaternion
             (scalar last, any length > 0), world to camera; what follows (fields of view) is not read.
+        detach_earlier: of two frames the earlier gets no gradient, so that a stream's frame answers for its own pose
+            alone (section 3.4). False for poses that saw the whole clip, such as those of the copied camera tokens.
 
     Returns:
         ``(rotation, translation)``: mean over all ordered pairs of frames of the angle in radians between the two
@@ -211,9 +267,12 @@ def relative_pose(pose_enc: Tensor, target_pose_enc: Tensor) -> tuple[Tensor, Te
     pairs = torch.arange(frames * frames, device=pose_enc.device)
     pairs = pairs[pairs // frames != pairs % frames]
     first, second = pairs // frames, pairs % frames
-    (rotation, shift), (target_rotation, target_shift) = (
-        _motion_between(x[:, first], x[:, second]) for x in (pose_enc, target_pose_enc)
-    )
+    ends = [pose_enc[:, first], pose_enc[:, second]]
+    if detach_earlier:
+        early = (first < second)[:, None]
+        ends = [torch.where(early, ends[0].detach(), ends[0]), torch.where(early, ends[1], ends[1].detach())]
+    rotation, shift = _motion_between(*ends)
+    target_rotation, target_shift = _motion_between(target_pose_enc[:, first], target_pose_enc[:, second])
     off = _multiply(_conjugate(rotation), target_rotation)
     # atan2 instead of acos: its derivative stays finite where the rotations agree
     angle = 2 * torch.atan2(off[..., :3].norm(dim=-1), off[..., 3].abs())
@@ -225,8 +284,9 @@ class ForcedAttention(NamedTuple):
     """What the attention forcing of a recipe needs of the forward pass.
 
     Attributes:
-        layers: queries and keys ``[B, H, N, D]`` of global blocks, by the block's number.
-        layout: of their ``N`` tokens.
+        layers: queries and keys by the block's number: of frame blocks, as the authors' code has it,
+            ``[B * T, H, P, D]`` with a ``layout`` of one frame, or of global blocks, ``[B, H, T * P, D]``.
+        layout: of the tokens of one item of these batches.
         visible: as in the blocks; None for full attention.
         patch: side of a patch in pixels.
         scale: of the logits; ``D ** -0.5`` if None.
@@ -243,27 +303,33 @@ class ForcedAttention(NamedTuple):
 class MoreRecipe:
     """The terms of a training step and their weights.
 
-    The paper gives the terms; the weights and the layers of the forcing are this project's, to be set per training.
-    ``forcing`` is large because the term's ``1/M`` makes it about a thousandth of the attention at stake.
+    The paper gives the terms; form and weight of the forcing are those of the authors' code, which takes it of the last
+    frame block. The other weights are this project's, to be set per training.
 
     Attributes:
         pose: of the absolute encoding, Huber.
-        rotation, translation: of :func:`relative_pose`.
+        rotation, translation: of :func:`relative_pose`, see there for ``detach_earlier``.
         depth: of :func:`confidence_regression`; ``certainty`` is its ``weight``.
+        points: of the same for point maps.
+        power: see :func:`confidence_regression`.
         motion: of :func:`motion_bce`.
         forcing: of :func:`attention_forcing`, summed over ``layers`` (None: every layer given).
-        threshold, penalise: see :func:`attention_forcing`.
+        form, threshold, penalise: see :func:`attention_forcing`.
     """
 
     pose: float = 1.0
     rotation: float = 1.0
     translation: float = 1.0
+    detach_earlier: bool = True
     depth: float = 1.0
+    points: float = 1.0
     certainty: float = 0.2
+    power: int = 2
     motion: float = 1.0
-    forcing: float = 100.0
+    forcing: float = 0.01
     layers: tuple[int, ...] | None = None
-    threshold: float = 0.5
+    form: str = "product"
+    threshold: float | None = None
     penalise: str = "dynamic"
 
     def loss(
@@ -275,9 +341,9 @@ class MoreRecipe:
 
         Args:
             predictions: any of ``pose_enc [B,T,9]``, ``depth [B,T,H,W,1]`` with ``depth_conf [B,T,H,W]``,
-                ``motion [B,T,H,W]`` (logits).
-            targets: ``pose_enc``; ``depth [B,T,H,W]`` in the predictions' unit; ``motion`` bool; ``valid`` bool
-                ``[B,T,H,W]`` for depth, optional.
+                ``world_points [B,T,H,W,3]`` with ``world_points_conf [B,T,H,W]``, ``motion [B,T,H,W]`` (logits).
+            targets: ``pose_enc``; ``depth [B,T,H,W]`` and ``world_points [B,T,H,W,3]`` in the predictions' unit;
+                ``motion`` bool; ``valid`` bool ``[B,T,H,W]`` for depth and points, optional.
             attention: of the forward pass; None for no attention forcing.
 
         Raises:
@@ -294,15 +360,17 @@ class MoreRecipe:
             if self.pose:
                 terms["pose"] = self.pose, _pose_distance(encoding, target)
             if self.rotation or self.translation:
-                rotation, translation = relative_pose(encoding, target)
+                rotation, translation = relative_pose(encoding, target, detach_earlier=self.detach_earlier)
                 terms["rotation"] = self.rotation, rotation
                 terms["translation"] = self.translation, translation
+        regression = {"weight": self.certainty, "valid": targets.get("valid"), "power": self.power}
         if self.depth and both("depth", "depth_conf"):
             depth, confidence = predictions["depth"].squeeze(-1), predictions["depth_conf"]
-            term = confidence_regression(
-                depth, targets["depth"], confidence, weight=self.certainty, valid=targets.get("valid")
-            )
-            terms["depth"] = self.depth, term
+            terms["depth"] = self.depth, confidence_regression(depth, targets["depth"], confidence, **regression)
+        if self.points and both("world_points", "world_points_conf"):
+            points, confidence = predictions["world_points"], predictions["world_points_conf"]
+            term = confidence_regression(points, targets["world_points"], confidence, **regression)
+            terms["points"] = self.points, term
         if self.motion and both("motion"):
             terms["motion"] = self.motion, motion_bce(predictions["motion"], targets["motion"])
         if self.forcing and attention is not None:
@@ -316,6 +384,8 @@ class MoreRecipe:
 
     def _forcing(self, motion: Tensor, attention: ForcedAttention) -> Tensor:
         static = static_scores(motion, attention.patch)
+        if motion.dim() == 4:  # the same patches, as the items of the blocks' batch: frames, or clips
+            static = static.reshape(-1, attention.layout.frames, static.shape[-1])
         layers = attention.layers.keys() if self.layers is None else self.layers
         return torch.stack(
             [
@@ -323,6 +393,7 @@ class MoreRecipe:
                     *attention.layers[layer],
                     static,
                     layout=attention.layout,
+                    form=self.form,
                     threshold=self.threshold,
                     penalise=self.penalise,
                     visible=attention.visible,

@@ -22,6 +22,7 @@ from ..visibility import TokenLayout, Visibility
 from .rollout import require_family, require_parts, stream_images
 
 CAUSAL = ("frame", "token")
+COPIED = "additional_camera_token"  # [1, 2, 1, C], the first for frame 0 and the second for all others
 
 
 class MoreFrame(NamedTuple):
@@ -30,7 +31,8 @@ class MoreFrame(NamedTuple):
     Attributes:
         prediction: what the model returns for a clip of this frame.
         camera: ``[B, 9]``, what its camera head returns (of several rounds, the last).
-        motion: bool ``[B, H, W]``, True = moving, where the prediction has ``motion`` logits; else None.
+        motion: bool ``[B, H, W]``, True = moving, where the prediction has ``motion`` logits ``[B, 1, H, W]`` or
+            ``[B, 1, H, W, 1]``; else None.
     """
 
     prediction: Any
@@ -60,8 +62,13 @@ class More:
     While patched, a plain forward of a VGGT is frame-causal in its global blocks and its camera head, which is how such
     a model is trained. :meth:`stream` gives the same outputs frame by frame, from caches of keys and values; frames may
     differ in size, and so in their number of tokens. StreamVGGT and STream3R have causal masks of their own, which a
-    plain forward keeps; they stream like VGGT. A model that brings a ``stream`` of its own, with a ``camera_pass``
-    (:class:`gate4d.models.alternating.AlternatingModel`), runs by that, and trains by ``model(images, causal=True)``.
+    plain forward keeps; they stream like VGGT. So does the authors' model, whose forward stays as it is: grouped causal
+    where it was built with ``SparseAttention``, with a camera head that sees the whole clip.
+
+    A model whose frames hang together by more than attention (:class:`gate4d.models.alternating.AlternatingModel`,
+    which trains by ``model(images, causal=True)``) has a method ``carry``: what it returns is the ``past`` of each
+    forward of a stream, by which the model goes on. Its frames have one size. As its pose is one step after another,
+    its camera pass takes all frames, also those that left the cache, whose numbers are kept; so that alone grows.
 
     **The camera pass.** After the stream "each frame's cached camera query attends once more to all cached keys and
     values". Read here as: the frames' camera tokens go through all blocks again, alone. In global block l they query
@@ -75,7 +82,8 @@ class More:
     Args:
         window: frames that a query sees, its own included; None for all.
         anchors: leading frames that stay visible beside the window.
-        camera_pass: whether :meth:`run` ends with it; a stream then keeps ``(blocks + 1) * C`` numbers a cached frame.
+        camera_pass: whether :meth:`run` ends with it; a stream then keeps ``(blocks + 1) * C`` numbers a cached frame
+            (or what is said above).
         causal: ``"frame"``, or, as an ablation, ``"token"``: in global blocks a token sees only itself and those
             before it, as in a language model.
     """
@@ -93,7 +101,7 @@ class More:
         causal: str = "frame",
     ):
         rows = table.select("global")
-        require_family("more", rows or table, "vggt", "streamvggt", "stream3r")
+        require_family("more", rows or table, "vggt", "streamvggt", "stream3r", "more", "more-sparse")
         require_parts("more", model, ("aggregator", "camera_head"))
         self.aggregator = model.aggregator
         require_parts(
@@ -105,15 +113,14 @@ class More:
         self.model = model
         self.window, self.anchors, self.camera_pass, self.causal = window, anchors, camera_pass, causal
         self.closed = False
-        self.own = callable(getattr(model, "stream", None))
-        if causal == "token" and (self.own or rows[0].family != "vggt"):
-            raise ValueError("causal='token' needs a VGGT: this model has causal attention of its own.")
+        self.carry = getattr(model, "carry", None)
+        own = self.carry is not None or rows[0].family != "vggt"  # its plain forward stays as it is
+        if causal == "token" and own:
+            raise ValueError("causal='token' needs a VGGT: this model has a forward of its own that stays as it is.")
         self.globals = [row.control for row in rows]
         self.trunk = [row.control for row in table.select("camera head")]
-        if self.own:
-            return
         self._check_order(len(rows))
-        if rows[0].family == "vggt":
+        if not own:
             inside = [row.control for row in table.select("frame")]
             for control, frame in zip(self.globals, inside, strict=True):
                 control.visible = _Causal(frame, window, anchors, causal)
@@ -125,7 +132,7 @@ class More:
 
         Its :meth:`MoreStream.camera_pass` can be called between frames and at the end.
         """
-        return (_OwnStream if self.own else _PatchedStream)(self, frames)
+        return MoreStream(self, frames)
 
     def run(self, frames: Any) -> MoreResult:
         """The whole clip.
@@ -133,7 +140,7 @@ class More:
         Args:
             frames: images ``[T, 3, H, W]`` or ``[B, T, 3, H, W]`` in [0, 1], or an iterable of images ``[3, H, W]`` or
                 ``[B, 3, H, W]``; sides are multiples of the model's patch size, and may change from frame to frame
-                unless the model runs by a stream of its own. One frame is enough.
+                unless the model has a ``carry``. One frame is enough.
 
         Raises:
             ValueError, TypeError: frames do not fit, or there are none.
@@ -162,6 +169,7 @@ class More:
                 f"{order}, block size {size}, {frame} frame and {depth} global blocks."
             )
         tokens = {n: p for n, p in self.aggregator.named_parameters(recurse=False) if p.dim() == 4}
+        self.copied = tokens.pop(COPIED, None)
         self.specials = [n for n, p in tokens.items() if p.shape[:2] == (1, 2)]
         found = sum(tokens[n].shape[2] for n in self.specials)
         if found != self.aggregator.patch_start_idx:
@@ -172,68 +180,40 @@ class More:
 
 
 class MoreStream(Iterator[MoreFrame]):
-    """The frames of a stream; several may run by turns."""
+    """The frames of a stream; several may run by turns.
+
+    Runs the model on one frame at a time, with caches in its global blocks and its camera head.
+    """
 
     def __init__(self, method: More, frames: Any):
         self.method = method
         reference = next(method.model.parameters())
-        self.images = stream_images(
-            frames, method.aggregator.patch_size, device=reference.device, dtype=reference.dtype, one_size=method.own
-        )
-
-    def __next__(self) -> MoreFrame:
-        with torch.no_grad():
-            prediction, camera = self.step(next(self.images))
-            logits = prediction.get("motion") if isinstance(prediction, dict) else None
-            return MoreFrame(prediction, camera, None if logits is None else logits[:, 0] > 0)
-
-    def step(self, image: Tensor) -> tuple[Any, Tensor]:
-        """Prediction and camera ``[B, 9]`` of the next frame ``[B, 3, H, W]``."""
-        raise NotImplementedError
-
-    def camera_pass(self) -> tuple[list[int], Tensor]:
-        """Numbers of the frames that are cached, in order, and their cameras ``[B, n, 9]`` from a second look.
-
-        Raises:
-            ValueError: no frame was read yet, or the method was told to do without (``camera_pass=False``).
-        """
-        raise NotImplementedError
-
-
-class _OwnStream(MoreStream):
-    """The model's own."""
-
-    def __init__(self, method: More, frames: Any):
-        super().__init__(method, frames)
-        self.inner = method.model.stream(self.images, window=method.window, anchors=method.anchors)
-
-    def __next__(self) -> MoreFrame:
-        prediction = next(self.inner)
-        return MoreFrame(prediction, prediction["pose_enc"][:, 0], prediction["motion"][:, 0] > 0)
-
-    def camera_pass(self) -> tuple[list[int], Tensor]:
-        cameras = self.inner.camera_pass()
-        held = sorted(self.inner.past.caches[0].frame_ids)
-        return held, cameras[:, held]
-
-
-class _PatchedStream(MoreStream):
-    """Runs a VGGT on one frame at a time, with caches in its global blocks and its camera head."""
-
-    def __init__(self, method: More, frames: Any):
-        super().__init__(method, frames)
+        self.past = None if method.carry is None else method.carry()
+        place = {"device": reference.device, "dtype": reference.dtype}
+        self.images = stream_images(frames, method.aggregator.patch_size, **place, one_size=self.past is not None)
         token = method.causal == "token"
         self.caches = [
             FrameKVCache(method.window, anchors=method.anchors, ragged=True, token_causal=token) for _ in method.globals
         ]
         self.trunk = [_PerCall(method.window, method.anchors) for _ in method.trunk]
         self.number = 0
-        # Of the cached frames, by number: the camera token [B, C] at the first block, and what each frame block added.
+        # Of the cached frames, by number: the camera token [B, C] at the first block, and what each frame block added;
+        # of a model with copied camera tokens, each frame block's tokens [B, P, C] and their positions [B, P, 2].
         self.start: dict[int, Tensor] = {}
         self.steps: list[dict[int, Tensor]] = [{} for _ in self.caches]
+        self.places: dict[int, Tensor | None] = {}
         self.seen: dict[str, Any] = {}  # of the last frame
 
-    def step(self, image: Tensor) -> tuple[Any, Tensor]:
+    def __next__(self) -> MoreFrame:
+        with torch.no_grad():
+            prediction, camera = self._step(next(self.images))
+            logits = prediction.get("motion") if isinstance(prediction, dict) else None
+            if logits is not None and logits.dim() == 5:
+                logits = logits[..., 0]
+            return MoreFrame(prediction, camera, None if logits is None else logits[:, 0] > 0)
+
+    def _step(self, image: Tensor) -> tuple[Any, Tensor]:
+        """Prediction and camera ``[B, 9]`` of the next frame ``[B, 3, H, W]``."""
         if self.method.closed:
             raise RuntimeError("the patch was removed: finish the stream before, or start a new one.")
         model, later = self.method.model, {}
@@ -243,31 +223,75 @@ class _PatchedStream(MoreStream):
         by_view = list(inspect.signature(type(model).forward).parameters)[1] == "views"  # StreamVGGT
         for trunk in self.trunk:
             trunk.calls = 0
-        with self._caching(self.trunk), self._watching():
-            prediction = functional_call(model, later, ([{"img": image}] if by_view else image[:, None],))
+        with self._caching(self.trunk), self._watching(), self._plain():
+            inputs = [{"img": image}] if by_view else image[:, None]
+            carried = {} if self.past is None else {"past": self.past}
+            prediction = functional_call(model, later, (inputs,), carried)
         self.number += 1
-        held = set(self.caches[0].frame_ids)
-        for kept in (self.start, *self.steps):
+        held = set(self.caches[0].frame_ids) if self.past is None else self.start.keys()
+        for kept in (self.start, self.places, *self.steps):
             for left in kept.keys() - held:
                 del kept[left]
         return prediction, self.seen["camera"]
 
     @torch.no_grad()
     def camera_pass(self) -> tuple[list[int], Tensor]:
+        """Numbers of the frames that are cached, in order, and their cameras ``[B, n, 9]`` from a second look.
+
+        Raises:
+            ValueError: no frame was read yet, or the method was told to do without (``camera_pass=False``).
+        """
         if not self.start:
             raise ValueError("camera_pass needs a stream that has read a frame, of a method with camera_pass=True.")
         held = sorted(self.start)
         x = inside = torch.stack([self.start[n] for n in held], dim=1)  # [B, n, C]
         pos = self.seen["pos"]
         pos = None if pos is None else pos[:, :1].expand(-1, len(held), -1)
+        aggregator = self.method.aggregator
         with self._caching(None):
-            for block, steps in zip(self.method.aggregator.global_blocks, self.steps, strict=True):
-                inside = x + torch.stack([steps[n] for n in held], dim=1)
+            for layer, block in enumerate(aggregator.global_blocks):
+                inside = self._inside(aggregator.frame_blocks[layer], layer, x, held)
                 x = _first(block(inside, pos=pos))
             form, args, kwargs = self.seen["head"]
             with torch.autocast(x.device.type, enabled=False):  # as VGGT does
                 out = self.method.model.camera_head(form.filled(inside, x), *args, **kwargs)
-        return held, _last(out)
+        cached = [n for n in held if n in self.caches[0].frame_ids]
+        return cached, _last(out)[:, [held.index(n) for n in cached]]
+
+    def _copy(self, camera: Tensor) -> Tensor:
+        """The copied token of the current frame, ``[B, C]`` like its camera token."""
+        first = self.number == 0 and not getattr(self.method.aggregator, "same_token", False)
+        return self.method.copied[:, 0 if first else 1, 0].to(camera).expand_as(camera)
+
+    def _inside(self, block: nn.Module, layer: int, x: Tensor, held: list[int]) -> Tensor:
+        """The tokens of the camera pass ``[B, n, C]`` after a frame block."""
+        kept = self.steps[layer]
+        if self.method.copied is None:
+            return x + torch.stack([kept[n] for n in held], dim=1)
+        moved = []
+        for i, n in enumerate(held):  # each in the place of its frame's camera token; frames may differ in size
+            tokens = torch.cat((x[:, i : i + 1], kept[n][:, 1:]), dim=1)
+            moved.append(_first(block(tokens, pos=self.places[n]))[:, 0])
+        return torch.stack(moved, dim=1)
+
+    @contextmanager
+    def _plain(self) -> Iterator[None]:
+        """The authors' aggregators without the copied tokens, which a stream adds at its end, and without the cache
+        that they keep themselves from call to call."""
+        aggregator, set_aside = self.method.aggregator, {}
+        for owner, name, value in (
+            (self.method.model, "additional_token", False),
+            (aggregator, "additional_token", False),
+            (aggregator, "global_kv_cache", [{"k": None, "v": None} for _ in aggregator.global_blocks]),
+        ):
+            if name in owner.__dict__:
+                set_aside[owner, name] = owner.__dict__[name]
+                owner.__dict__[name] = value
+        try:
+            yield
+        finally:
+            for (owner, name), value in set_aside.items():
+                owner.__dict__[name] = value
 
     @contextmanager
     def _caching(self, trunk: list[_PerCall] | None) -> Iterator[None]:
@@ -292,11 +316,14 @@ class _PatchedStream(MoreStream):
         aggregator, seen = self.method.aggregator, self.seen
 
         def inside(layer: int):
-            def hook(block: nn.Module, args: tuple, out: Any) -> None:
+            def hook(block: nn.Module, args: tuple, kwargs: dict[str, Any], out: Any) -> None:
                 before, after = args[0][:, 0], _first(out)[:, 0]
+                copied = self.method.copied
                 if layer == 0:
-                    self.start[self.number] = before.clone()
-                self.steps[layer][self.number] = after - before
+                    if copied is not None:
+                        self.places[self.number] = kwargs.get("pos", args[1] if len(args) > 1 else None)
+                    self.start[self.number] = before.clone() if copied is None else self._copy(before)
+                self.steps[layer][self.number] = after - before if copied is None else args[0].clone()
                 seen["frame"] = after.clone()
 
             return hook
@@ -309,12 +336,13 @@ class _PatchedStream(MoreStream):
             seen["camera"] = _last(out)[:, 0]
             if self.method.camera_pass:
                 form = _HeadInput.of(args[0], seen["frame"][:, None], seen["global"][:, None])
-                seen["head"] = form, args[1:], kwargs
+                # The pass takes all frames at once, from the first: there is no past.
+                seen["head"] = form, args[1:], {n: x for n, x in kwargs.items() if n != "past"}
 
         with ExitStack() as stack:
             if self.method.camera_pass:
                 for layer, block in enumerate(aggregator.frame_blocks):
-                    stack.callback(block.register_forward_hook(inside(layer)).remove)
+                    stack.callback(block.register_forward_hook(inside(layer), with_kwargs=True).remove)
                 last = aggregator.global_blocks[-1]
                 stack.callback(last.register_forward_hook(over_all, with_kwargs=True).remove)
             stack.callback(self.method.model.camera_head.register_forward_hook(head, with_kwargs=True).remove)
@@ -385,10 +413,8 @@ class _Causal:
         size = 1 if self.frame is None else self.frame.tokens[0]
         layout = TokenLayout(q.shape[2] // size, size)
         if self.made is None or self.made[0] != layout:
-            visible = Visibility.frame_causal(layout, self.window, self.anchors)
-            if self.causal == "token":  # neither an interval nor an anchor reaches past the query itself
-                visible.bounds[:, 1:].clamp_(max=torch.arange(1, layout.num_tokens + 1, dtype=torch.int32))
-            self.made = layout, visible
+            make = Visibility.token_causal if self.causal == "token" else Visibility.frame_causal
+            self.made = layout, make(layout, self.window, self.anchors)
         return self.made[1]
 
 

@@ -151,7 +151,7 @@ class Aggregator(nn.Module):
         patches = (images.shape[-2] // self.patch_size) * (images.shape[-1] // self.patch_size)
         return TokenLayout(images.shape[1], self.patch_start_idx + patches, self.patch_start_idx)
 
-    def embed(self, images: Tensor, past: Past | None = None, causal: bool = False) -> tuple[Tensor, ...]:
+    def embed(self, images: Tensor, past: Carried | None = None, causal: bool = False) -> tuple[Tensor, ...]:
         """Tokens ``[B, T, P, C]``, positions ``[1, P, 2]``, maps; ``past`` belongs to a stream and is updated."""
         batch, frames = images.shape[:2]
         patches, half, quarter = self.patch_embed(images.flatten(0, 1))
@@ -171,10 +171,14 @@ class Aggregator(nn.Module):
         return x, pos, torch.cat((half, found[0]), dim=1), torch.cat((quarter, found[1]), dim=1)
 
     def forward(
-        self, images: Tensor, *, causal: bool = False, camera_pass: bool = False, past: Past | None = None
+        self, images: Tensor, *, causal: bool = False, camera_pass: bool = False, past: Carried | None = None
     ) -> Features:
-        """Images ``[B, T, 3, H, W]`` in [0, 1]; with ``past``, one frame of a stream."""
+        """Images ``[B, T, 3, H, W]`` in [0, 1]; with ``past``, one frame of a stream.
+
+        A past without caches leaves them to those who set one on the attentions (``gate4d.patch``).
+        """
         x, pos, half, quarter = self.embed(images, past, causal or past is not None)
+        past = past if isinstance(past, Past) else None
         batch, frames, size, _ = x.shape
         layout = self.layout(images)
         visible, pos_all = None, pos.repeat(1, frames, 1)
@@ -221,20 +225,30 @@ class Aggregator(nn.Module):
 def with_global_rows(layout: TokenLayout, causal: bool) -> Visibility:
     """The clip's queries, causal over frames or not, followed by one query a frame that sees every key."""
     tokens = layout.num_tokens
-    bounds = torch.tensor([0, tokens, 0], dtype=torch.int32)[None, :, None].repeat(1, 1, tokens + layout.frames)
-    if causal:
-        bounds[:, :, :tokens] = Visibility.frame_causal(layout).bounds
-    return Visibility(bounds, tokens, tokens)
+
+    def everything(queries: int) -> Visibility:
+        start = torch.zeros(queries, dtype=torch.int32)
+        return Visibility.intervals(start, torch.full_like(start, tokens))
+
+    clip = Visibility.frame_causal(layout) if causal else everything(tokens)
+    return clip.with_rows(everything(layout.frames))
 
 
-class Past:
-    """What a stream keeps of the frames before: caches of keys and values, and a vector a frame for the camera pass."""
+class Carried:
+    """What a stream keeps of the frames before beside the keys and values of its attentions."""
 
-    def __init__(self, depth: int, trunk: int, window: int | None, anchors: int):
-        self.caches = [FrameKVCache(window, anchors=anchors) for _ in range(depth)]
-        self.trunk = [FrameKVCache(window, anchors=anchors) for _ in range(trunk)]
+    def __init__(self) -> None:
         self.images: Tensor | None = None  # see remember()
         self.pose: Tensor | None = None  # of the last frame, as encoded
+
+
+class Past(Carried):
+    """And those: caches of keys and values, and a vector a frame for the camera pass."""
+
+    def __init__(self, depth: int, trunk: int, window: int | None, anchors: int):
+        super().__init__()
+        self.caches = [FrameKVCache(window, anchors=anchors) for _ in range(depth)]
+        self.trunk = [FrameKVCache(window, anchors=anchors) for _ in range(trunk)]
         self.cameras: list[Tensor] = []  # camera tokens as embedded
         self.steps: list[list[Tensor]] = [[] for _ in range(depth)]  # what each frame block added to the camera token
 
@@ -254,10 +268,14 @@ class CameraHead(nn.Module):
         tokens: Tensor,
         causal: bool = False,
         caches: list[FrameKVCache] | None = None,
-        before: Tensor | None = None,
+        past: Carried | None = None,
     ) -> Tensor:
-        """Camera tokens ``[B, T, C]`` to ``[B, T, 9]``; ``before [B, 9]`` is the pose of the frame before them."""
-        return chained(self.steps(tokens, causal, caches), before)
+        """Camera tokens ``[B, T, C]`` to ``[B, T, 9]``; a ``past`` knows the pose of the frame before them, and learns
+        that of the last."""
+        poses = chained(self.steps(tokens, causal, caches), None if past is None else past.pose)
+        if past is not None:
+            past.pose = poses[:, -1]
+        return poses
 
     def steps(self, tokens: Tensor, causal: bool = False, caches: list[FrameKVCache] | None = None) -> Tensor:
         """What each frame's camera did since the frame before, ``[B, T, 9]``."""
@@ -330,13 +348,17 @@ class AlternatingModel(nn.Module):
                 nn.init.trunc_normal_(module.weight, std=0.02)
                 nn.init.zeros_(module.bias)
 
-    def forward(self, images: Tensor, causal: bool = False, camera_pass: bool = False) -> dict[str, Tensor]:
+    def forward(
+        self, images: Tensor, causal: bool = False, camera_pass: bool = False, past: Carried | None = None
+    ) -> dict[str, Tensor]:
         """Predictions for a clip.
 
         Args:
             images: ``[B, T, 3, H, W]`` in [0, 1]; H and W are multiples of 8.
             causal: every frame sees itself and earlier frames only, as in :meth:`stream`.
             camera_pass: adds ``"global_pose_enc"``, from copies of the camera tokens that see all frames.
+            past: from :meth:`carry`: the images are the next frame of a stream, whose attentions have caches set from
+                outside (``gate4d.patch(model, method="more")``).
 
         Returns:
             ``pose_enc [B, T, 9]`` (see :mod:`gate4d.geometry`), ``depth [B, T, H, W, 1]`` > 0 in units of the
@@ -347,12 +369,16 @@ class AlternatingModel(nn.Module):
             ValueError: the images are not a clip, or do not divide into patches.
         """
         check_clip(images, self.aggregator.patch_size)
-        features = self.aggregator(images, causal=causal, camera_pass=camera_pass)
+        features = self.aggregator(images, causal=causal, camera_pass=camera_pass, past=past)
         out = self._dense(features, images)
-        out["pose_enc"] = self.camera_head(features.cameras, causal)
+        out["pose_enc"] = self.camera_head(features.cameras, causal, past=past)
         if camera_pass:
             out["global_pose_enc"] = self.camera_head(features.global_cameras)
         return out
+
+    def carry(self) -> Carried:
+        """What a new stream gives to each :meth:`forward`."""
+        return Carried()
 
     def stream(self, frames: Iterable[Tensor], window: int | None = None, anchors: int = 0) -> Stream:
         """Predictions frame by frame, causal: those of ``forward(..., causal=True)`` without a window.
@@ -405,8 +431,7 @@ class Stream(Iterator[dict[str, Tensor]]):
         check_clip(images, self.model.aggregator.patch_size)
         features = self.model.aggregator(images, past=self.past)
         out = self.model._dense(features, images)
-        out["pose_enc"] = self.model.camera_head(features.cameras, caches=self.past.trunk, before=self.past.pose)
-        self.past.pose = out["pose_enc"][:, -1]
+        out["pose_enc"] = self.model.camera_head(features.cameras, caches=self.past.trunk, past=self.past)
         self.seen += 1
         return out
 

@@ -106,9 +106,14 @@ class Config:
 
 
 def recipe(config: Config) -> MoreRecipe:
-    """The terms of the loss and their weights."""
+    """The terms of the loss and their weights, those that the shipped weights were trained with.
+
+    That is the paper's equation 8 on all global blocks, with a weight that makes up for its ``1/M``, not the authors'
+    product on a frame block; and gradients to both frames of a pair.
+    """
     poses = {"pose": 2.0 * config.pose, "rotation": 20.0 * config.pose, "translation": 30.0 * config.pose}
-    standard = MoreRecipe(**poses, depth=1.0, motion=4.0)
+    forced = {"forcing": 100.0, "form": "score hinge", "threshold": 0.5}
+    standard = MoreRecipe(**poses, **forced, detach_earlier=False, depth=1.0, motion=4.0)
     return standard if config.forcing else replace(standard, forcing=0.0)
 
 

@@ -56,6 +56,8 @@ def logit_moments(
         )
     scale = max(q.shape[3], 1) ** -0.5 if scale is None else float(scale)
     bounds = None if visible is None else check_visible(visible, q, k)
+    if not (q.shape[2] and k.shape[2]):
+        bounds = None  # checked, and without a pair there is nothing that it could hide
     flip = "keys" not in axes
     if bounds is None:
         moments = _row_moments(*((k, q) if flip else (q, k)), None, scale)

@@ -85,6 +85,54 @@ def test_carry_keeps_what_fp32_would_drop():
     assert big.m2.item() == 2.0**24 + 64  # plain fp32 would still be at 2 ** 24
 
 
+@pytest.mark.parametrize("size", [2, 3, 7, 64])
+@pytest.mark.parametrize("std", [1e-2, 3e-3])
+def test_partials_at_a_large_mean_keep_their_spread(size, std):
+    """A float32 at 10^4 has steps of 10^-3: the means of partials must not be rounded to them."""
+    generator = torch.Generator().manual_seed(size)
+    x = (1e4 + std * torch.randn(4096 // size, size, generator=generator)).float()
+    exact = x.double().var()
+    parts = Moments.from_samples(x, 1)
+    close(parts.pool(0).variance(), exact)
+    total, fine = Moments.empty(()), Moments.empty((), torch.float64)
+    for row in x:
+        total = total.merge(Moments.from_samples(row, 0))
+        fine = fine.merge(Moments.from_samples(row.double(), 0).to(torch.float32).to(torch.float64))
+    close(total.variance(), exact)
+    close(fine.variance(), exact)
+    narrowed = Moments.from_samples(x.double(), 1).to(torch.float32)  # what statistics in float64 return
+    assert narrowed.mean.dtype == torch.float32
+    close(narrowed.pool(0).variance(), exact)
+    halves = narrowed.to(torch.float64).pool(0)
+    close(halves.variance(), exact)
+
+
+def test_pool_beside_entries_without_samples():
+    x = (1e4 + 1e-2 * torch.randn(3, 50, generator=torch.Generator().manual_seed(3))).float()
+    m = Moments.from_samples(x, 1)
+    count = torch.tensor([0, *m.count.tolist()])
+    padded = Moments(count, torch.cat((torch.zeros(1), m.mean)), torch.cat((torch.zeros(1), m.m2)))
+    close(padded.pool(0).variance(), Moments(m.count, m.mean, m.m2).pool(0).variance())
+    none = Moments.empty((2, 0, 3)).pool((0, 1))
+    assert none.count.tolist() == [0, 0, 0]
+
+
+def test_counts_stop_instead_of_wrapping_around():
+    most = 2**63 - 1
+    big = Moments(2**62, torch.tensor([1.0, 3.0]), torch.tensor([1.0, 1.0]))
+    merged = big.merge(Moments(2**62, torch.tensor([3.0, 3.0]), torch.tensor([1.0, 1.0])))
+    assert merged.count.tolist() == [most, most]
+    assert merged.mean.tolist() == [2.0, 3.0]
+    assert merged.merge(big).count.tolist() == [most, most]
+    pooled = Moments(2**62, torch.tensor([[1.0], [3.0], [5.0]]), torch.ones(3, 1)).pool(0)
+    assert pooled.count.tolist() == [most]
+    assert pooled.mean.tolist() == [3.0]
+    assert (pooled.variance() > 0).all()
+    for count in (2**63, -1):
+        with pytest.raises(ValueError, match=r"count must be in \[0, 2\^63 - 1\]"):
+            Moments(count, torch.zeros(2), torch.zeros(2))
+
+
 def test_counts_broadcast_and_differ():
     x = torch.randn(6, 4, generator=torch.Generator().manual_seed(2))
     halves = Moments.from_samples(x[:2], 0), Moments.from_samples(x[2:], 0)
@@ -151,3 +199,33 @@ def test_all_reduce_over_two_processes(tmp_path):
     assert (total.count == 30).all()
     close(total.mean, x.double().mean(0))
     close(total.variance(), x.double().var(0))
+
+
+def _unlike(rank, ranks, store, results):
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=ranks)
+    found = []
+    cases = [((2, 3), torch.float32), ((3, 2), torch.float32)], [((2,), torch.float32), ((2,), torch.float64)]
+    for case in (*cases, [((), torch.float32), ((1,), torch.float32)]):
+        shape, dtype = case[rank]
+        try:
+            Moments.empty(shape, dtype).all_reduce()
+        except ValueError as e:
+            found.append(str(e))
+    whole = Moments(2**53 + 1, torch.full((2,), 1e4), torch.ones(2)).all_reduce()  # the group works after an error
+    results[rank] = found, whole.count.tolist()
+    dist.destroy_process_group()
+
+
+def test_all_reduce_refuses_unlike_ranks_on_all_of_them(tmp_path):
+    with mp.Manager() as manager:
+        results = manager.dict()
+        mp.spawn(_unlike, (2, tmp_path / "store", results), nprocs=2)
+        (first, count), other = results[0], results[1]
+    assert (first, count) == other
+    assert count == [2**54 + 2] * 2
+    says = "all_reduce needs one shape and dtype over the ranks, got rank 0: {}; rank 1: {}."
+    assert first == [
+        says.format("[2, 3] torch.float32", "[3, 2] torch.float32"),
+        says.format("[2] torch.float32", "[2] torch.float64"),
+        says.format("[] torch.float32", "[1] torch.float32"),
+    ]

@@ -252,3 +252,36 @@ def test_copies_are_the_same(clone):
     assert repr(other) == repr(visible)
     assert repr(clone(Visibility.full())) == "Visibility(full)"
     assert clone(TokenLayout(2, [3, 4], 1)) == TokenLayout(2, [3, 4], 1)
+
+
+def test_rows_and_rows_of_another():
+    layout = TokenLayout(3, 2)
+    visible = Visibility.frame_causal(layout, window=1, sinks=1)
+    dense = visible.dense(6, 6)
+    kept = visible.rows([5, 0, 5])
+    assert torch.equal(kept.dense(3, 6), dense[:, [5, 0, 5]])
+    assert (kept.num_keys, kept.key_extent) == (6, 6)
+    assert visible.bounds.shape == (1, 3, 6)  # untouched
+    every = Visibility.intervals(torch.zeros(2, dtype=torch.long), torch.full((2,), 6))
+    both = visible.with_rows(every)
+    assert torch.equal(both.dense(8, 6), torch.cat((dense, torch.ones(1, 2, 6, dtype=torch.bool)), dim=1))
+    assert both.num_keys == 6
+    two = Visibility.intervals(torch.tensor([[0], [1]]), torch.tensor([[4], [5]]))
+    assert torch.equal(visible.with_rows(two).dense(7, 6)[1], torch.cat((dense[0], two.dense(1, 6)[1])))
+    full = Visibility.full()
+    assert full.rows([3]) is full
+    for bad in ([6], [-1], [[0]]):
+        with pytest.raises(ValueError, match=r"index must be 1-D with entries in \[0, 6\)"):
+            visible.rows(bad)
+    for bad, match in ((full, "got a full one"), (Visibility.per_frame(TokenLayout(2, 2)), "got 4 keys for 6")):
+        with pytest.raises(ValueError, match=match):
+            visible.with_rows(bad)
+
+
+@pytest.mark.parametrize(("window", "sinks"), [(None, 0), (2, 0), (2, 1)])
+def test_token_causal(window, sinks):
+    layout = TokenLayout(4, (3, 1, 4, 2))
+    causal = Visibility.frame_causal(layout, window, sinks)
+    got = Visibility.token_causal(layout, window, sinks)
+    assert torch.equal(got.dense(10, 10), causal.dense(10, 10) & torch.ones(10, 10, dtype=torch.bool).tril())
+    assert (got.num_keys, got.key_extent) == (10, 10)

@@ -8,12 +8,16 @@ CPU times, peak bytes of live tensors. One process per checkout, because several
 
 import argparse
 import contextlib
+import functools
 import importlib
+import inspect
 import json
 import os
 import sys
 import time
+import types
 import weakref
+from unittest import mock
 
 import torch
 from torch import nn
@@ -209,6 +213,84 @@ def omega(true):
     return model, {"clip": lambda m: [x for x in tree_leaves(m(batch)) if isinstance(x, torch.Tensor)]}
 
 
+def stub(name, **attributes):
+    """A module that need not be installed, with its parents."""
+    parts = name.split(".")
+    for n in range(1, len(parts) + 1):
+        sys.modules.setdefault(".".join(parts[:n]), types.ModuleType(parts[n - 1]))
+    vars(sys.modules[name]).update(attributes)
+
+
+def range_kernel(q, k, v, q_ranges, k_ranges, attn_type_map, softmax_scale=None, **_):
+    """MagiAttention's kernel runs on Hopper; here a dense mask over ``[N, H, D]``."""
+    mask = torch.zeros(len(q), len(k), dtype=torch.bool)
+    for (a, b), (c, d) in zip(q_ranges.tolist(), k_ranges.tolist(), strict=True):
+        mask[a:b, c:d] = True
+    parts = (x.transpose(0, 1)[None] for x in (q, k, v))
+    out = nn.functional.scaled_dot_product_attention(*parts, attn_mask=mask, scale=softmax_scale)
+    return out[0].transpose(0, 1).contiguous(), None
+
+
+def more_model(true, **options):
+    """MoRe's model; its code wants 24 + 24 blocks. Its plain aggregator is mended so that it runs."""
+    stub("magi_attention.functional.flex_flash_attn", flex_flash_attn_func=range_kernel)
+    stub("magi_attention.common.enum", AttnMaskType=object)
+    for name in ("einops", "matplotlib.pyplot", "huggingface_hub"):
+        try:
+            importlib.import_module(name)
+        except ImportError:
+            stub(name, rearrange=None, repeat=None, PyTorchModelHubMixin=type("Mixin", (), {}))
+    module = importlib.import_module("vggt.models.vggt")
+    dim = 1024 if true else 128
+    made = {}
+    for name in ("Aggregator", "StreamAggregator"):
+        cls = importlib.import_module("vggt.models.aggregator").__dict__[name]
+        made[name] = functools.partial(mended(cls), patch_embed="conv")
+    with mock.patch.multiple(module, **made, DPTHead=lambda **k: nn.Identity(), TrackHead=None):
+        model = module.VGGT(embed_dim=dim, enable_track=False, **options)
+    model.depth_head = model.point_head = model.motion_head = None
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if name.endswith("gamma"):
+                p.fill_(0.2)
+            elif name.endswith(("camera_token", "register_token")):
+                p.normal_()
+    return model.eval()
+
+
+def mended(cls):
+    """The aggregator calls its own method with an argument that it does not take."""
+    method = cls._process_global_attention
+    if "save_attn" in inspect.signature(method).parameters or cls.__name__ != "Aggregator":
+        return cls
+    accepts = lambda self, *args, save_attn=0, **call: method(self, *args, **call)  # noqa: E731
+    return type(cls.__name__, (cls,), {"_process_global_attention": accepts})
+
+
+class MoreModels(nn.Module):
+    """The two configurations of MoRe's stream: a clip by key ranges, and frames with a cache."""
+
+    def __init__(self, true):
+        super().__init__()
+        self.clip = more_model(true, block_size=1, additional_token=True)
+        self.stream = more_model(true, block_size=0, stream=True)
+
+
+def more(true):
+    batch = images(true, 3)
+
+    def stream(m):
+        aggregator = m.stream.aggregator
+        aggregator.global_kv_cache = [{"k": None, "v": None} for _ in range(aggregator.depth)]
+        return [m.stream(batch[:, i : i + 1])["pose_enc"] for i in range(batch.shape[1])]
+
+    def clip(m):
+        out = m.clip(batch)
+        return [out[name] for name in ("attn_weight", "pose_enc", "dup_pose_enc")] + m.clip.aggregator(batch)[0]
+
+    return MoreModels(true), {"clip": clip, "stream": stream}
+
+
 BUILDERS = {
     "DUST3R": ((".",), dust3r),
     "EASI3R": ((".",), lambda true: dust3r(true, easi3r=True)),
@@ -220,6 +302,7 @@ BUILDERS = {
     "STREAM3R": ((".",), stream3r),
     "PI3": ((".",), pi3),
     "VGGT_OMEGA": ((".",), omega),
+    "MORE": ((".",), more),
 }
 
 

@@ -21,6 +21,7 @@ CLASSES = {
     "VGGT": ("vggt.models.vggt", "VGGT", "Aggregator"),
     "STREAMVGGT": ("streamvggt.models.streamvggt", "StreamVGGT", "Aggregator"),
     "STREAM3R": ("stream3r.models.stream3r", "STream3R", "STreamAggregator"),
+    "MORE": None,
 }
 
 
@@ -78,6 +79,26 @@ def far(got, expected):
     return float((got - expected).abs().max() / expected.abs().max())
 
 
+def authors():
+    """Of MoRe's own model the stream and the camera pass beside its forward, by key ranges and with a cache."""
+    model = upstream.more_model(False, block_size=1, additional_token=True)
+    images = torch.rand(5, 3, 56, 70)
+    tokens, expected = model.aggregator(images[None])[0][-1], model(images[None])
+    stream = upstream.more_model(False, block_size=0, additional_token=True, stream=True)
+    stream.load_state_dict(model.state_dict())
+    report = {}
+    for name, m in (("ranges", model), ("cache", stream)):
+        seen = []
+        hook = m.camera_head.register_forward_pre_hook(lambda _, args, seen=seen: seen.append(args[0][-1]))
+        with gate4d.patch(m, method="more") as handle:
+            result = handle.run(images)
+        hook.remove()
+        report[f"{name}: tokens"] = far(torch.cat(seen[: len(images)], dim=1), tokens[:, :, : seen[0].shape[2]])
+        report[f"{name}: camera pass"] = far(result.cameras, expected["dup_pose_enc"])
+    report["camera pass moves"] = far(expected["dup_pose_enc"], expected["pose_enc"])
+    return report
+
+
 def seconds(run):
     begin = time.process_time()
     run()
@@ -93,6 +114,9 @@ def main():
     root = os.environ[f"GATE4D_UPSTREAM_{args.name}"]
     sys.path[:0] = [os.path.join(root, folder) for folder in upstream.BUILDERS[args.name][0]]
     torch.manual_seed(0)
+    if args.name == "MORE":
+        print(json.dumps({"name": args.name, **authors()}))
+        return
     model, report = build(args.name, args.true_shapes), {"name": args.name}
     if args.true_shapes:
         torch.set_num_threads(1)

@@ -159,7 +159,19 @@ def test_easi3r_maps_of_larger_batches():
     assert torch.allclose(both, torch.cat(alone), atol=1e-5)
 
 
-UPSTREAM = ("DUST3R", "EASI3R", "CUT3R", "TTT3R", "VGGT", "FASTVGGT", "STREAMVGGT", "STREAM3R", "PI3", "VGGT_OMEGA")
+UPSTREAM = (
+    "DUST3R",
+    "EASI3R",
+    "CUT3R",
+    "TTT3R",
+    "VGGT",
+    "FASTVGGT",
+    "STREAMVGGT",
+    "STREAM3R",
+    "PI3",
+    "VGGT_OMEGA",
+    "MORE",
+)
 
 
 @pytest.mark.parametrize("name", UPSTREAM)

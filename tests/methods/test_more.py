@@ -342,6 +342,22 @@ def test_a_model_with_a_stream_of_its_own():
             handle.run([torch.rand(3, 32, 48), torch.rand(3, 32, 64)])
     with gate4d.patch(model, method="more", window=2, anchors=1) as handle:
         assert handle.run(images).refined.tolist() == [True, False, False, False, True, True]
+    for options in ({}, {"window": 2, "anchors": 1}):  # as its own stream, with frames that left the cache too
+        own = model.stream(images, **options)
+        expected = list(own)
+        with gate4d.patch(model, method="more", **options) as handle:
+            got = handle.run(images)
+        for a, b in zip(got.predictions, expected, strict=True):
+            for name in ("pose_enc", "depth", "motion"):
+                torch.testing.assert_close(a[name], b[name], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(got.cameras[:, got.refined], own.camera_pass()[:, got.refined], rtol=1e-4, atol=1e-5)
+    with gate4d.patch(model, method="more"):  # a plain forward stays the model's own
+        again = model(images, causal=True, camera_pass=True)
+        torch.testing.assert_close(again["global_pose_enc"], forward["global_pose_enc"])
+        whole = model(images)["pose_enc"]
+    torch.testing.assert_close(whole, model(images)["pose_enc"])
+    with pytest.raises(ValueError, match="forward of its own that stays as it is"):
+        gate4d.patch(model, method="more", causal="token")
     streamed = torch.cat([p["pose_enc"] for p in result.predictions], dim=1)
     torch.testing.assert_close(streamed, forward["pose_enc"])
     torch.testing.assert_close(result.cameras, forward["global_pose_enc"])
@@ -359,3 +375,14 @@ def test_real_checkouts(name):
     assert report["pose"] <= 1e-5
     assert report["depth"] <= 1e-5
     assert report["camera pass"] > 1e-3
+
+
+def test_the_authors_checkout():
+    if "GATE4D_UPSTREAM_MORE" not in os.environ:
+        pytest.skip("GATE4D_UPSTREAM_MORE does not name a checkout")
+    script = Path(__file__).parents[1] / "helpers" / "upstream_more.py"
+    done = subprocess.run([sys.executable, script, "MORE"], capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-3000:]
+    report = json.loads(done.stdout.splitlines()[-1])
+    assert report.pop("camera pass moves") > 1e-3
+    assert all(report[f"{form}: {what}"] <= 1e-5 for form in ("ranges", "cache") for what in ("tokens", "camera pass"))

@@ -110,6 +110,23 @@ def test_any_intervals(data):
     check(logit_moments(q, k, over=over, visible=visible), materialised(q, k, over, visible))
 
 
+@pytest.mark.parametrize("over", OVERS, ids="+".join)
+@pytest.mark.parametrize(("nq", "nk"), [(6, 0), (0, 6), (0, 0)])
+@pytest.mark.parametrize("batch", [1, 2])
+def test_no_keys_or_no_queries(over, nq, nk, batch):
+    q, k = features(2, 3, nq, nk, 8)
+    zeros = torch.zeros(batch, nq, dtype=torch.long)
+    plain = logit_moments(q, k, over=over)
+    got = logit_moments(q, k, over=over, visible=Visibility.intervals(zeros, zeros))
+    for x, y in ((got.count, plain.count), (got.mean, plain.mean), (got.m2, plain.m2)):
+        assert torch.equal(x, y)
+        assert not x.any()
+    with pytest.raises(ValueError, match="visible"):
+        logit_moments(
+            q, k, over=over, visible=Visibility.intervals(torch.zeros(nq + 2).long(), torch.zeros(nq + 2).long())
+        )
+
+
 @settings(max_examples=10, deadline=None)
 @given(seed=st.integers(0, 999))
 def test_algebra(seed):
