@@ -15,7 +15,7 @@ import torch
 import gate4d
 from gate4d.kernels.attention import backends
 from gate4d.kernels.attention.op import Request
-from gate4d.kernels.support import library_error
+from gate4d.kernels.support import cuda_library_error, library_error
 
 # Names as Linux spells them; None elsewhere, where only torch's own summary is known.
 FEATURES = {"AVX2": "avx2", "FMA": "fma", "AVX-512F": "avx512f", "AVX512-BF16": "avx512_bf16", "AMX-BF16": "amx_bf16"}
@@ -55,6 +55,7 @@ def collect() -> dict:
         },
         "library": {
             "error": library_error(),
+            "cuda_error": cuda_library_error(),
             "cpu_path": _cpu_path(),
             "GATE4D_CPU_ISA": os.environ.get("GATE4D_CPU_ISA"),
         },
@@ -96,6 +97,7 @@ def render(facts: dict) -> str:
         *field("threads", f"{machine['threads']} of {machine['cores']} cores"),
         *field("GPU", ", ".join(machine["gpu"]) or "none"),
         *field("CPU path", isa),
+        *field("CUDA C++", library["cuda_error"] or "norm_rope, asked for with backend='cuda'"),
         "",
         "Which backend can serve a call here (head dim 64):",
         "",

@@ -17,6 +17,8 @@ import torch
 
 from ..attention.triton_launch import backward, forward
 from ..cross_moments.triton import cross_moments
+from ..norm_rope.triton import backward as norm_rope_backward
+from ..norm_rope.triton import forward as norm_rope_forward
 from ..received_attention.triton import received_attention
 from .cubin import SHARED_LIMIT, TENSOR_LIMIT, Cubin, compile_launch, identity
 from .runtime import Launch, record
@@ -37,6 +39,7 @@ variant that needs the most; matrix instructions (HGMMA is Hopper's, UTCHMMA Bla
 of the variant with the fewest. EX2 lists the counts of MUFU.EX2 that occur: a strength that is no small multiple of 1/2
 takes a second one where probabilities are not renormalised."""
 MAIN = ("forward_kernel", "grad_query_kernel", "grad_key_kernel", "received_kernel", "cross_kernel")
+NORM_ROPE = ("norm_rope_forward_kernel", "norm_rope_backward_kernel")
 
 
 @dataclass(frozen=True)
@@ -69,7 +72,11 @@ VARIANTS = (
 
 
 def launches(
-    capability: tuple[int, int], dtype: torch.dtype, head_dim: int, variant: Variant, only: tuple[str, ...] = MAIN
+    capability: tuple[int, int],
+    dtype: torch.dtype,
+    head_dim: int,
+    variant: Variant,
+    only: tuple[str, ...] = MAIN + NORM_ROPE,
 ) -> list[Launch]:
     """What a VGGT-sized call (4 frames, q, k and v interleaved) and its backward launch on such a device."""
     batch, heads, tokens = 2, 16, 4164
@@ -94,6 +101,11 @@ def launches(
             if variant == VARIANTS[0]:
                 columns = torch.empty(batch, tokens, heads * head_dim, device="meta")
                 cross_moments([q], columns, columns[:, 0])
+                row = torch.empty(head_dim, device="meta")
+                positions = torch.empty(1, tokens, 2, dtype=torch.int64, device="meta")
+                turn = positions, torch.empty(head_dim // 4, device="meta"), True, 1e-5
+                norm_rope_forward(q, torch.empty_like(q), row, row, *turn)
+                norm_rope_backward(out, q, row, *turn, True)
     finally:
         torch.backends.cuda.matmul.allow_tf32 = allowed
     return [x for x in recording.launches if x.kernel.__name__ in only]
