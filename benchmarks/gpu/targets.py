@@ -227,7 +227,7 @@ def _reducers(s: Setup) -> list[str]:
 
 def plan(s: Setup = FULL) -> list[Work]:
     """All measurements, the most wanted first."""
-    from . import hopper, pipelines
+    from . import pipelines
 
     sizes = (16384, 32768, 65536, 131072)
     frames = max(2, 64 // s.unit)
@@ -244,5 +244,4 @@ def plan(s: Setup = FULL) -> list[Work]:
         Work("G7 attention received / forward", 0.6, partial(_received, s, 32768)),
         *(Work(f"G7 received, given lse / {n}", None, partial(_received, s, 32768, n)) for n in _reducers(s)),
         *pipelines.plan(s),
-        *hopper.plan(s),
     ]

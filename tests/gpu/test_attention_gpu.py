@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-import shutil
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
-from helpers.accuracy import assert_accurate
-from helpers.attention_cases import GATES as MAKE_GATE
-from helpers.attention_cases import Case, check, draw, evaluate, exact
-from helpers.torch_attention import torch_attention
+from helpers.attention_cases import Case, check
 from torch import Tensor
 
 import gate4d
-from gate4d.benchmarks.gpu import hopper
 from gate4d.functional import ROW_STATS, AttentionAux
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
@@ -47,28 +42,6 @@ def test_gates_and_visibilities(gate: str, visible: str, dtype: torch.dtype) -> 
 @pytest.mark.parametrize("dim", [1, 16, 32, 48, 72, 80, 96, 128, 256])
 def test_head_dimensions(dim: int, dtype: torch.dtype) -> None:
     check(Case("pairwise", "window", dtype, batch=1, queries=200, keys=200, dim=dim), attend_on_gpu)
-
-
-@pytest.mark.parametrize("dim", [64, 128])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize(
-    ("gate", "visible"), [("none", "full"), ("pairwise", "full"), ("keys", "window"), ("pairwise", "intervals")]
-)
-def test_hopper_forward_by_hand(gate: str, visible: str, dtype: torch.dtype, dim: int) -> None:
-    """The experiment of csrc/cuda/hopper_forward.cu: values alone, and every time the same ones."""
-    if torch.cuda.get_device_capability() != (9, 0) or shutil.which("nvcc") is None:
-        pytest.skip("it needs a GPU of compute capability 9.0 and nvcc")
-    x = draw(Case(gate, visible, dtype, queries=700, keys=700, dim=dim))
-    g = MAKE_GATE[gate](x.query_motion, x.key_motion, x.masks)
-    if g is not None:
-        g = replace(
-            g, **{n: None if getattr(g, n) is None else getattr(g, n).cuda() for n in ("query_score", "key_score")}
-        )
-    results = [hopper.attend(*(t.cuda() for t in (x.q, x.k, x.v)), g, x.visible) for _ in range(5)]
-    assert all(torch.equal(a, b) for r in results[1:] for a, b in zip(r, results[0], strict=True))
-    want, baseline = exact(x, gate)[0], evaluate(torch_attention, x, gate)[0]
-    assert_accurate("out", results[0][0].cpu(), want["out"], baseline["out"])
-    assert_accurate("lse", results[0][1].cpu(), want["lse"], baseline["lse"], magnitude=1.0)
 
 
 def test_offsets_beyond_32_bits() -> None:

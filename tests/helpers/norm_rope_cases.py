@@ -59,16 +59,16 @@ def lay_out(x: Tensor, memory: str) -> tuple[Tensor, Tensor]:
     """A view with the values of ``x [B, H, N, D]``, and its buffer, which is NaN elsewhere."""
     b, h, n, d = x.shape
     if memory == "contiguous":
-        buffer = torch.full((b, h, n, d), torch.nan, dtype=x.dtype)
+        buffer = torch.full((b, h, n, d), torch.nan, dtype=x.dtype, device=x.device)
         view = buffer
     elif memory == "packed":  # keys in the middle of qkv
-        buffer = torch.full((b, n, 3, h, d), torch.nan, dtype=x.dtype)
+        buffer = torch.full((b, n, 3, h, d), torch.nan, dtype=x.dtype, device=x.device)
         view = buffer[:, :, 1].transpose(1, 2)
     elif memory == "cache":  # slots in the middle of a longer cache
-        buffer = torch.full((b, h, 2 * n + 5, d), torch.nan, dtype=x.dtype)
+        buffer = torch.full((b, h, 2 * n + 5, d), torch.nan, dtype=x.dtype, device=x.device)
         view = buffer[:, :, 5 : 5 + n]
     else:  # no stride is 1
-        buffer = torch.full((d, 2 * n, h, b, 2), torch.nan, dtype=x.dtype)
+        buffer = torch.full((d, 2 * n, h, b, 2), torch.nan, dtype=x.dtype, device=x.device)
         view = buffer[:, ::2, :, :, 1].permute(3, 2, 1, 0)
     view.copy_(x)
     return view, buffer
