@@ -18,6 +18,12 @@ _error: str | None = None
 _missing: dict[str, str | None] = {}
 
 
+def _report() -> dict[str, str]:
+    """What the build wrote down about what it left out."""
+    path = _PACKAGE / "_build_report.json"
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
 def _load() -> str | None:
     libraries = sorted(_PACKAGE.glob("_C.*so"))
     if not libraries:
@@ -32,12 +38,6 @@ def _load() -> str | None:
 
 
 _error = _load()
-
-
-def _report() -> dict[str, str]:
-    """What the build wrote down about what it left out."""
-    path = _PACKAGE / "_build_report.json"
-    return json.loads(path.read_text()) if path.exists() else {}
 
 
 @cache

@@ -1,7 +1,7 @@
 """Every kernel that can be selected, compiled for each supported architecture.
 
-``make cubins`` (``python -m gate4d.kernels._triton.cubin_table``) writes the table to ``build/cubins.md``, not committed;
-about 45 minutes on one core, and it can be interrupted.
+``make cubins`` (``python -m gate4d.kernels._triton.cubin_table``) writes the table to ``build/cubins.md``, which is not
+committed; about 45 minutes on one core, and it can be interrupted.
 """
 
 from __future__ import annotations
