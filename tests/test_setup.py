@@ -114,3 +114,23 @@ def test_a_cuda_build_that_fails_leaves_the_rest(
 def test_a_cpu_build_that_fails_is_an_error(setup_file: ModuleType, tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match="Error compiling"):
         setup_file.builder(Base)(tmp_path, "gate4d._C_broken").build_extensions()
+
+
+@pytest.mark.parametrize(
+    ("report", "why"), [({"skipped": "no C++ compiler"}, "no C++ compiler"), ({}, "was not built")]
+)
+def test_a_package_without_libraries_imports_and_says_why(report: dict, why: str, tmp_path: Path) -> None:
+    """The loader runs on import; here in a package of its own that holds nothing but a report."""
+    package = tmp_path / "pure"
+    (package / "kernels").mkdir(parents=True)
+    (package / "__init__.py").touch()
+    (package / "kernels" / "__init__.py").touch()
+    (package / "kernels" / "_library.py").write_text((ROOT / "kernels" / "_library.py").read_text())
+    if report:
+        (package / "_build_report.json").write_text(json.dumps(report))
+    code = "from pure.kernels._library import *; print(library_error(), cuda_library_error(), sep='|')"
+    command = [sys.executable, "-c", code]
+    said = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True).stdout
+    cpu, cuda = said.split("|")
+    assert why in cpu
+    assert "GATE4D_BUILD=cuda" in cuda
