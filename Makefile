@@ -1,11 +1,11 @@
-# make demo | test | bench | lint | sanitize. Every target reuses one .venv and one build.
+# make demo | test | bench | lint | sanitize | cubins. Every target reuses one .venv and one build.
 PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check
 SOURCES := setup.py pyproject.toml constraints.txt $(shell find csrc -type f 2>/dev/null)
 
-.PHONY: setup demo test bench lint format sanitize clean
+.PHONY: setup demo test bench lint format sanitize cubins clean
 setup: $(VENV)/.ready
 
 $(VENV)/.torch: constraints.txt
@@ -23,7 +23,7 @@ $(VENV)/.torch: constraints.txt
 $(VENV)/.ready: $(VENV)/.torch $(SOURCES)
 	@echo "== building gate4d and installing its extras (once; a few minutes)"
 	$(PIP) install --quiet --no-build-isolation -c constraints.txt -e ".[dev]"
-	@test ! -f gate4d/_build_report.json || echo "== note: installed without the compiled kernels; gate4d info says why"
+	@! grep -qs '"skipped"' gate4d/_build_report.json || echo "== note: installed without the compiled kernels; gate4d info says why"
 	@touch $@
 
 demo: setup
@@ -57,6 +57,10 @@ sanitize: setup
 	    $(CURDIR)/$(PY) -m pytest -p no:cacheprovider -c $(CURDIR)/pyproject.toml $(CURDIR)/tests/kernels/test_attention.py \
 	    -k "cpu and (sizes or layouts or unequal or empty or logit or nothing or capped) and not 1041" $(ARGS)) || exit 1; \
 	done
+
+# What the Triton kernels compile to for each GPU, as a table in build/cubins.md; needs no GPU, takes about 45 minutes.
+cubins: setup
+	$(PY) -m gate4d.kernels._triton.cubin_table $(ARGS)
 
 clean:
 	rm -rf build dist *.egg-info gate4d/_C*.so

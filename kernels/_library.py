@@ -1,9 +1,13 @@
-"""Loads the compiled kernels, or remembers why they are not there."""
+"""Loads the compiled kernels, or remembers why they are not there.
+
+The CPU kernels are loaded on import, the opt-in CUDA C++ kernel when it is first asked for.
+"""
 
 from __future__ import annotations
 
 import json
 import sys
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -14,13 +18,16 @@ _error: str | None = None
 _missing: dict[str, str | None] = {}
 
 
+def _report() -> dict[str, str]:
+    """What the build wrote down about what it left out."""
+    path = _PACKAGE / "_build_report.json"
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
 def _load() -> str | None:
-    libraries = sorted(_PACKAGE.glob("_C*.so"))
+    libraries = sorted(_PACKAGE.glob("_C.*so"))
     if not libraries:
-        report = _PACKAGE / "_build_report.json"
-        why = "it was not built"
-        if report.exists():
-            why = json.loads(report.read_text()).get("skipped", why)
+        why = _report().get("skipped", "it was not built")
         return f"the compiled library is missing ({why}); install a C++ compiler and reinstall gate4d"
     try:
         torch.ops.load_library(libraries[-1])
@@ -31,6 +38,22 @@ def _load() -> str | None:
 
 
 _error = _load()
+
+
+@cache
+def cuda_library_error() -> str | None:
+    """Why the CUDA C++ kernel cannot be used; None if it can. The first call loads it."""
+    libraries = sorted(_PACKAGE.glob("_CUDA*.so"))
+    if not libraries:
+        why = _report().get("cuda", "it is built only with GATE4D_BUILD=cuda")
+        return f"the CUDA C++ kernel is not installed ({why})"
+    if torch.version.cuda is None:
+        return f"the CUDA C++ kernel needs a CUDA build of torch, got torch {torch.__version__}"
+    try:
+        torch.ops.load_library(libraries[-1])
+    except OSError as e:
+        return f"the CUDA C++ kernel does not load ({e}); reinstall gate4d against torch {torch.__version__}"
+    return None
 
 
 def library_error() -> str | None:

@@ -14,9 +14,20 @@ from typing import Any
 
 import torch
 
-from ._library import kernel_error, library_error
+from ._constants import kept
+from ._library import cuda_library_error, kernel_error, library_error
 
-__all__ = ["Backend", "choose", "cpu_reasons", "dtype_name", "explain", "library_error", "triton_reasons"]
+__all__ = [
+    "Backend",
+    "choose",
+    "cpu_reasons",
+    "cuda_library_error",
+    "dtype_name",
+    "explain",
+    "kept",
+    "library_error",
+    "triton_reasons",
+]
 
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MAX_HEAD_DIM = 256

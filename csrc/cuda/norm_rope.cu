@@ -1,4 +1,5 @@
-// Kernels of norm_rope.cuh and their registration through torch's stable ABI. Not run on a GPU yet.
+// Kernels of norm_rope.cuh and their registration through torch's stable ABI: an opt-in peer of the Triton kernel, in a
+// library of its own (GATE4D_BUILD=cuda). Not run on a GPU yet.
 
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
@@ -15,6 +16,22 @@
 #include <tuple>
 
 #include "norm_rope.cuh"
+
+namespace gate4d {
+
+template <>
+struct Number<__half> {
+  static __device__ __forceinline__ float read(__half x) { return __half2float(x); }
+  static __device__ __forceinline__ __half write(float x) { return __float2half_rn(x); }
+};
+
+template <>
+struct Number<__nv_bfloat16> {
+  static __device__ __forceinline__ float read(__nv_bfloat16 x) { return __bfloat162float(x); }
+  static __device__ __forceinline__ __nv_bfloat16 write(float x) { return __float2bfloat16_rn(x); }
+};
+
+}  // namespace gate4d
 
 extern "C" AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device_index, void** ret_stream);
 
@@ -145,6 +162,6 @@ std::tuple<Tensor, Tensor> backward(Tensor grad_out, Tensor x, Optional weight, 
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(gate4d, CUDA, m) {
-  m.impl("norm_rope_forward", TORCH_BOX(&forward));
-  m.impl("norm_rope_backward", TORCH_BOX(&backward));
+  m.impl("norm_rope_forward_cuda", TORCH_BOX(&forward));
+  m.impl("norm_rope_backward_cuda", TORCH_BOX(&backward));
 }

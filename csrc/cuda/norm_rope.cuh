@@ -21,6 +21,14 @@ constexpr int WARP = 32;
 constexpr int MAX_HEAD_DIM = 256;
 constexpr int SLOTS = MAX_HEAD_DIM / 4 / WARP;  // quarters of features a lane holds at most
 
+// How a type becomes a float and back. torch compiles CUDA sources with the implicit conversions of 16-bit types
+// switched off, so norm_rope.cu names the conversion of each.
+template <class T>
+struct Number {
+  static GATE4D_HD float read(T x) { return (float)x; }
+  static GATE4D_HD T write(float x) { return (T)x; }
+};
+
 struct Rows {  // [B, H, N, D] in any memory
   void* data;
   int64_t batch, head, token, feature;  // strides
@@ -91,7 +99,7 @@ struct Lane {
   GATE4D_HD void load(const Rows& x, const Row& r) {
     const T* row = (const T*)x.data + offset(x, r);
     for (int s = 0; s < SLOTS; ++s)
-      for (int part = 0; part < 4; ++part) v[s][part] = has(s) ? (float)row[feature(s, part) * x.feature] : 0.0f;
+      for (int part = 0; part < 4; ++part) v[s][part] = has(s) ? Number<T>::read(row[feature(s, part) * x.feature]) : 0.0f;
   }
 
   template <class T>
@@ -99,7 +107,7 @@ struct Lane {
     T* row = (T*)x.data + offset(x, r);
     for (int s = 0; s < SLOTS; ++s)
       for (int part = 0; part < 4; ++part)
-        if (has(s)) row[feature(s, part) * x.feature] = (T)v[s][part];
+        if (has(s)) row[feature(s, part) * x.feature] = Number<T>::write(v[s][part]);
   }
 
   GATE4D_HD float sum() const {

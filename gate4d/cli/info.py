@@ -11,7 +11,7 @@ import torch
 from gate4d.benchmarks import machine
 from gate4d.kernels.attention import backends
 from gate4d.kernels.attention.op import Request
-from gate4d.kernels.support import library_error
+from gate4d.kernels.support import cuda_library_error, library_error
 from gate4d.terminal import field, wrapped
 
 
@@ -34,6 +34,7 @@ def collect() -> dict:
         "machine": {**machine.hardware(), "threads": torch.get_num_threads()},
         "library": {
             "error": library_error(),
+            "cuda_error": cuda_library_error(),
             "cpu_path": _cpu_path(),
             "GATE4D_CPU_ISA": os.environ.get("GATE4D_CPU_ISA"),
         },
@@ -75,6 +76,7 @@ def render(facts: dict) -> str:
         *field("threads", f"{here['threads']} of {here['cores']} cores"),
         *field("GPU", ", ".join(here["gpu"]) or "none"),
         *field("CPU path", isa),
+        *field("CUDA C++", library["cuda_error"] or "norm_rope, asked for with backend='cuda'"),
         "",
         "Which backend can serve a call here (head dim 64):",
         "",

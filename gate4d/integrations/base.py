@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from ..nn.attention import AttentionControl, fused_heads, split_heads, split_qkv
 from ..nn.cache import FrameKVCache, Slot
-from ..nn.fused_rope import fuses
+from ..nn.norm_rope import fuses
 from ..nn.rope import RoPE2D
 
 SELF_PARTS = ("qkv", "proj")

@@ -2,7 +2,7 @@
 
 from .attention import AttentionControl, CrossAttention, SelfAttention
 from .cache import FrameKVCache
-from .fused_rope import norm_rope
+from .norm_rope import norm_rope
 from .rope import RoPE2D, rotate_last
 
 __all__ = ["AttentionControl", "CrossAttention", "FrameKVCache", "RoPE2D", "SelfAttention", "norm_rope", "rotate_last"]

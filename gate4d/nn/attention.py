@@ -16,7 +16,7 @@ from ..functional import gated_attention
 from ..gates import MotionGate
 from ..visibility import Visibility
 from .cache import FrameKVCache, Slot
-from .fused_rope import apply_fused, fuses
+from .norm_rope import apply_fused, fuses
 from .rope import RoPE2D
 
 Gate = MotionGate | Callable[[Tensor, Tensor], MotionGate | None] | None
@@ -153,8 +153,8 @@ class _Attention(nn.Module):
 class SelfAttention(_Attention):
     """Self-attention with packed projections: qkv, optional q/k-norm, RoPE, attention, proj.
 
-    On CUDA with the compiled extension, norm and RoPE are one kernel each for q and k, which writes keys straight into
-    the cache if there is one; it has not run on a GPU yet.
+    On a GPU norm and RoPE are one kernel each for q and k, which writes keys straight into the cache if there is one.
+    That kernel has not run on a GPU yet.
 
     Args:
         dim: features C of a token.

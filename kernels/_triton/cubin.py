@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import triton
-from triton.backends.compiler import GPUTarget
+from triton.backends.compiler import BaseBackend, GPUTarget
 from triton.backends.nvidia.compiler import CUDABackend
 from triton.compiler import ASTSource
 from triton.runtime.jit import create_function_from_signature
@@ -18,6 +18,7 @@ from triton.runtime.jit import create_function_from_signature
 from .runtime import Launch
 
 # Largest dynamic shared memory of a block, bytes (CUDA C++ Programming Guide, technical specifications).
+LDS_LIMIT = 64 * 1024  # of a block on CDNA3
 SHARED_LIMIT = {(8, 0): 163 * 1024, (9, 0): 227 * 1024, (10, 0): 227 * 1024}
 CONSUMER_SHARED_LIMIT = 99 * 1024  # of 8.6, 8.9 and 12.x
 TENSOR_LIMIT = 512  # columns of tensor memory of a processor, Blackwell's; kernels for older ones use none
@@ -77,16 +78,42 @@ def identity(launch: Launch, capability: tuple[int, int]) -> str:
 
 
 def _source(launch: Launch, capability: tuple[int, int]) -> tuple[ASTSource, GPUTarget, dict]:
-    kernel = launch.kernel
     target = GPUTarget("cuda", capability[0] * 10 + capability[1], 32)
-    backend = CUDABackend(target)
+    source, options = _bound(launch, CUDABackend(target))
+    return source, target, options
+
+
+def _bound(launch: Launch, backend: BaseBackend) -> tuple[ASTSource, dict]:
+    kernel = launch.kernel
     bind = create_function_from_signature(kernel.signature, kernel.params, backend)
     bound, specialization, options = bind(**launch.args, **launch.options, debug=False)
     options, signature, constexprs, attrs = kernel._pack_args(
         backend, {**launch.args, **launch.options}, bound, specialization, options
     )
-    return ASTSource(kernel, signature, constexprs, attrs), target, options.__dict__
+    return ASTSource(kernel, signature, constexprs, attrs), options.__dict__
 
 
 def _run(tool: str, *args: str) -> str:
     return subprocess.run([_TOOLS / tool, *args], check=True, capture_output=True, text=True).stdout
+
+
+@dataclass(frozen=True)
+class CodeObject:
+    """What one kernel compiled for an AMD GPU uses: registers a lane, spilled registers, LDS bytes of a block."""
+
+    kernel: str
+    registers: int
+    spills: int
+    shared: int
+
+
+def compile_amd(launch: Launch, arch: str = "gfx942", warp_size: int = 64) -> CodeObject:
+    """Compile what the launch would run on an AMD GPU of that architecture. Needs no device."""
+    from triton.backends.amd.compiler import HIPBackend
+
+    target = GPUTarget("hip", arch, warp_size)
+    source, options = _bound(launch, HIPBackend(target))
+    compiled = triton.compile(source, target=target, options=options)
+    text = compiled.asm["amdgcn"]
+    registers, spills = (int(re.search(rf"\.{n}:\s+(\d+)", text)[1]) for n in ("vgpr_count", "vgpr_spill_count"))
+    return CodeObject(launch.kernel.__name__, registers, spills, compiled.metadata.shared)

@@ -1,7 +1,7 @@
 """Every kernel that can be selected, compiled for each supported architecture.
 
-``python -m gate4d.kernels._triton.cubin_table`` writes the table; about half an hour on one core, and it can be
-interrupted.
+``make cubins`` (``python -m gate4d.kernels._triton.cubin_table``) writes the table to ``build/cubins.md``, which is not
+committed; about 45 minutes on one core, and it can be interrupted.
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ import torch
 
 from ..attention.triton_launch import backward, forward
 from ..cross_moments.triton import cross_moments
+from ..norm_rope.triton import backward as norm_rope_backward
+from ..norm_rope.triton import forward as norm_rope_forward
 from ..received_attention.triton import received_attention
 from .cubin import SHARED_LIMIT, TENSOR_LIMIT, Cubin, compile_launch, identity
 from .runtime import Launch, record
@@ -37,6 +39,7 @@ variant that needs the most; matrix instructions (HGMMA is Hopper's, UTCHMMA Bla
 of the variant with the fewest. EX2 lists the counts of MUFU.EX2 that occur: a strength that is no small multiple of 1/2
 takes a second one where probabilities are not renormalised."""
 MAIN = ("forward_kernel", "grad_query_kernel", "grad_key_kernel", "received_kernel", "cross_kernel")
+NORM_ROPE = ("norm_rope_forward_kernel", "norm_rope_backward_kernel")
 
 
 @dataclass(frozen=True)
@@ -69,7 +72,11 @@ VARIANTS = (
 
 
 def launches(
-    capability: tuple[int, int], dtype: torch.dtype, head_dim: int, variant: Variant, only: tuple[str, ...] = MAIN
+    capability: tuple[int, int],
+    dtype: torch.dtype,
+    head_dim: int,
+    variant: Variant,
+    only: tuple[str, ...] = MAIN + NORM_ROPE,
 ) -> list[Launch]:
     """What a VGGT-sized call (4 frames, q, k and v interleaved) and its backward launch on such a device."""
     batch, heads, tokens = 2, 16, 4164
@@ -94,6 +101,11 @@ def launches(
             if variant == VARIANTS[0]:
                 columns = torch.empty(batch, tokens, heads * head_dim, device="meta")
                 cross_moments([q], columns, columns[:, 0])
+                row = torch.empty(head_dim, device="meta")
+                positions = torch.empty(1, tokens, 2, dtype=torch.int64, device="meta")
+                turn = positions, torch.empty(head_dim // 4, device="meta"), True, 1e-5
+                norm_rope_forward(q, torch.empty_like(q), row, row, *turn)
+                norm_rope_backward(out, q, row, *turn, True)
     finally:
         torch.backends.cuda.matmul.allow_tf32 = allowed
     return [x for x in recording.launches if x.kernel.__name__ in only]
@@ -161,25 +173,28 @@ def kernel_name(launch: Launch) -> str:
     return launch.kernel.__name__.removesuffix("_kernel") + (", statistics" if launch.args.get("ROW_STATS") else "")
 
 
-def rows(capability: tuple[int, int], dtype: torch.dtype, dims: Sequence[int], store: Store) -> dict[tuple, Row]:
+def rows(
+    capability: tuple[int, int], dtype: torch.dtype, dims: Sequence[int], store: Store, only: tuple[str, ...]
+) -> dict[tuple, Row]:
     """(kernel, head dimension) -> what all variants of it compile to."""
     found: dict[tuple, Row] = {}
     for dim, variant in selectable(dtype, dims):
-        for launch in launches(capability, dtype, dim, variant):
+        for launch in launches(capability, dtype, dim, variant, only):
             key = kernel_name(launch), dim
             found.setdefault(key, Row(launch, [])).cubins.append(store.compile(launch, capability))
     return found
 
 
-def main() -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """Compile every kernel that can be selected and write the table. Exit status 1: one of them does not fit."""
     parser = argparse.ArgumentParser(description=main.__doc__)
-    parser.add_argument("--out", type=Path, default=Path("docs/cubins.md"))
+    parser.add_argument("--out", type=Path, default=Path("build/cubins.md"))
     parser.add_argument("--store", type=Path, default=Path("build/cubins.json"), help="results so far")
     parser.add_argument("--archs", nargs="+", type=int, default=[10 * a + b for a, b in SHARED_LIMIT])
     parser.add_argument("--dims", nargs="+", type=int, default=HEAD_DIMS)
+    parser.add_argument("--kernels", nargs="+", default=MAIN + NORM_ROPE, choices=MAIN + NORM_ROPE)
     parser.add_argument("--dtypes", nargs="+", default=[str(d).removeprefix("torch.") for d in DTYPES])
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     store, text, bad = Store(args.store), [INTRODUCTION], []
     for capability in (divmod(arch, 10) for arch in args.archs):
         text += [
@@ -190,11 +205,12 @@ def main() -> int:
             "|" + "---|" * len(HEADER),
         ]
         for name in args.dtypes:
-            for (kernel, dim), row in rows(capability, getattr(torch, name), args.dims, store).items():
+            found = rows(capability, getattr(torch, name), args.dims, store, tuple(args.kernels))
+            for (kernel, dim), row in found.items():
                 text.append(f"| {kernel} | {name} | {dim} | {' | '.join(row.cells())} |")
                 print(text[-1], flush=True)
                 bad += [] if row.fits else [text[-1]]
-    args.out.parent.mkdir(exist_ok=True)
+    args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.write_text("\n".join(text) + "\n")
     print(f"{len(bad)} rows with local memory or too much shared memory", *bad, sep="\n")
     return 1 if bad else 0

@@ -22,11 +22,13 @@ from gate4d.kernels._triton.cubin_table import (
     HEAD_DIMS,
     HEADER,
     MAIN,
+    NORM_ROPE,
     VARIANTS,
     Row,
     Variant,
     kernel_name,
     launches,
+    main,
 )
 
 BF16, HALF, SINGLE = torch.bfloat16, torch.float16, torch.float32
@@ -104,11 +106,25 @@ def test_consumer_cards_have_less_shared_memory(capability, dtype, dim, variant,
     assert dtype == SINGLE or c.count("HMMA") > 0
 
 
-def test_the_table_is_of_what_is_selected() -> None:
-    """Every architecture, type and head dimension, with the tiles that are selected now; nothing in local memory."""
-    table = Path(__file__).parents[2] / "docs" / "cubins.md"
+def test_every_kernel_is_selected_everywhere() -> None:
+    """Every architecture, type and head dimension has a tile for every pass, with and without statistics."""
+    selected = {
+        (capability, kernel_name(x), dtype, dim): Row(x, []).tile
+        for capability, dtype, dim, variant in product(SHARED_LIMIT, DTYPES, HEAD_DIMS, (PLAIN, STATS))
+        for x in launches(capability, dtype, dim, variant)
+    }
+    names = [x.removesuffix("_kernel") for x in MAIN + NORM_ROPE] + ["forward, statistics"]
+    assert selected.keys() == set(product(SHARED_LIMIT, names, DTYPES, HEAD_DIMS))
+    assert all(tile[0].isdigit() for tile in selected.values())
+
+
+def test_the_table_is_of_what_is_selected(tmp_path: Path) -> None:
+    """A part of the table, generated: a row a kernel, with the tile that is selected; nothing in local memory."""
+    out, kernels, dim = tmp_path / "docs" / "cubins.md", (CROSS, *NORM_ROPE), 64
+    options = ["--out", str(out), "--store", str(tmp_path / "cubins.json"), "--dims", str(dim), "--kernels", *kernels]
+    assert main([*options, "--dtypes", "bfloat16"]) == 0
     found = {}
-    for section in table.read_text().split("## sm_")[1:]:
+    for section in out.read_text().split("## sm_")[1:]:
         arch, *lines = section.splitlines()
         capability = divmod(int(arch), 10)
         for cells in ([c.strip() for c in x.strip("|").split("|")] for x in lines if x.startswith("|")):
@@ -121,9 +137,9 @@ def test_the_table_is_of_what_is_selected() -> None:
                 assert int(row["shared"]) * 1024 <= SHARED_LIMIT[capability], row
                 assert int(row["tensor"]) <= TENSOR_LIMIT, row
     selected = {
-        (capability, kernel_name(x), str(dtype).removeprefix("torch."), dim): Row(x, []).tile
-        for capability, dtype, dim, variant in product(SHARED_LIMIT, DTYPES, HEAD_DIMS, (PLAIN, STATS))
-        for x in launches(capability, dtype, dim, variant)
+        (capability, kernel_name(x), "bfloat16", dim): Row(x, []).tile
+        for capability in SHARED_LIMIT
+        for x in launches(capability, BF16, dim, PLAIN, kernels)
     }
     assert found == selected
 

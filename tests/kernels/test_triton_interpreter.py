@@ -6,9 +6,6 @@ when they are imported, so the cases run in a process of their own.
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from contextlib import ExitStack
 
@@ -17,16 +14,12 @@ import torch
 
 pytest.importorskip("triton", reason="pip install gate4d[triton]")
 
-if os.environ.get("TRITON_INTERPRET") != "1":
+from helpers.interpreted import INSIDE, run_interpreted
+
+if not INSIDE:
 
     def test_in_the_interpreter() -> None:
-        command = [sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider", __file__]
-        result = subprocess.run(
-            command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True, timeout=300
-        )
-        assert result.returncode == 0, result.stdout[-6000:] + result.stderr[-2000:]
-        assert " passed" in result.stdout
-        assert "skipped" not in result.stdout
+        run_interpreted(__file__)
 
 else:
     from helpers.accuracy import assert_accurate

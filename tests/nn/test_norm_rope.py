@@ -1,6 +1,6 @@
-"""Fused norm, RoPE-2D and cache append: the CUDA kernel's arithmetic on the CPU, its compilation, and the torch path.
+"""Fused norm, RoPE-2D and cache append: the reference, the torch path, who computes it, and the CUDA C++ kernel.
 
-The kernel has not run on a GPU yet: its functions are compiled for the CPU, with a loop over the lanes of a warp.
+That kernel has not run on a GPU yet: its functions are compiled for the CPU, with a loop over the lanes of a warp.
 """
 
 from __future__ import annotations
@@ -13,19 +13,21 @@ from pathlib import Path
 import pytest
 import torch
 from helpers.accuracy import assert_accurate, assert_accurate_gradient
+from helpers.norm_rope_cases import BATCH, CASES, EPS, HEADS, TOKENS, draw, evaluate, lay_out
 from standins import croco, others, vggt
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.cpp_extension import COMMON_NVCC_FLAGS
 
 import gate4d
+from gate4d.kernels.norm_rope import op
+from gate4d.kernels.norm_rope import reference as norm_rope_reference
 from gate4d.nn import FrameKVCache, RoPE2D, SelfAttention, norm_rope
-from gate4d.nn.fused_rope import frequencies_of
 
 ROOT = Path(__file__).parents[2]
 INCLUDE = Path(torch.__file__).parent / "include"
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-BATCH, HEADS, TOKENS = 2, 3, 9
-EPS = 1e-5
 
 
 @pytest.fixture(scope="module")
@@ -39,32 +41,14 @@ def host(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     return ctypes.CDLL(str(library))
 
 
-def lay_out(x: Tensor, memory: str) -> tuple[Tensor, Tensor]:
-    """A view with the values of ``x [B, H, N, D]``, and its buffer, which is NaN elsewhere."""
-    b, h, n, d = x.shape
-    if memory == "contiguous":
-        buffer = torch.full((b, h, n, d), torch.nan, dtype=x.dtype)
-        view = buffer
-    elif memory == "packed":  # keys in the middle of qkv
-        buffer = torch.full((b, n, 3, h, d), torch.nan, dtype=x.dtype)
-        view = buffer[:, :, 1].transpose(1, 2)
-    elif memory == "cache":  # slots in the middle of a longer cache
-        buffer = torch.full((b, h, 2 * n + 5, d), torch.nan, dtype=x.dtype)
-        view = buffer[:, :, 5 : 5 + n]
-    else:  # no stride is 1
-        buffer = torch.full((d, 2 * n, h, b, 2), torch.nan, dtype=x.dtype)
-        view = buffer[:, ::2, :, :, 1].permute(3, 2, 1, 0)
-    view.copy_(x)
-    return view, buffer
-
-
 def emulate(host, x, out, *, weight=None, bias=None, positions=None, eps=None, grad_out=None, grad_x=None, sums=None):
     """The kernel on the CPU, forward or (with ``grad_out``) backward."""
+    weight, bias = (None if t is None else t.float().contiguous() for t in (weight, bias))
     views = x, out, grad_out, grad_x
     strides = [s for v in views for s in ((0,) * 4 if v is None else v.stride())]
     at = (0, 0, 0) if positions is None else positions.stride()
     strides += [0 if positions is None or len(positions) == 1 else at[0], *at[1:]]
-    frequencies = None if positions is None else frequencies_of(x.shape[3], 100.0, 1.0, x.device)
+    frequencies = None if positions is None else op.frequencies(x.shape[3], 100.0, 1.0, x.device)
 
     def pointer(t: Tensor | None) -> ctypes.c_void_p:
         return ctypes.c_void_p(None if t is None else t.data_ptr())
@@ -77,54 +61,57 @@ def emulate(host, x, out, *, weight=None, bias=None, positions=None, eps=None, g
     )  # fmt: skip
 
 
-CASES = [
-    (64, torch.float32, "contiguous", "packed", True, True, torch.int64),
-    (64, torch.bfloat16, "packed", "cache", True, True, torch.int32),
-    (48, torch.float16, "packed", "cache", True, True, torch.int64),
-    (256, torch.float32, "strided", "strided", True, True, torch.int64),
-    (4, torch.float32, "strided", "cache", False, True, torch.int32),
-    (80, torch.float16, "cache", "strided", True, False, torch.int64),
-    (132, torch.bfloat16, "packed", "packed", False, True, torch.int64),
-    (64, torch.bfloat16, "packed", "cache", False, False, torch.int64),
-]
-
-
-@pytest.mark.parametrize(("dim", "dtype", "memory", "out_memory", "norm", "rotate", "index"), CASES)
+@pytest.mark.parametrize("case", CASES, ids=str)
 @pytest.mark.parametrize("affine", [True, False])
-def test_kernel_arithmetic(host, dim, dtype, memory, out_memory, norm, rotate, index, affine):
-    shape = (BATCH, HEADS, TOKENS, dim)
-    affine = affine and norm
-    x, x_buffer = lay_out((2 * torch.randn(shape) + 0.5).to(dtype), memory)
-    grad_out, _ = lay_out(torch.randn(shape).to(dtype), out_memory)
-    out, out_buffer = lay_out(torch.full(shape, torch.nan).to(dtype), out_memory)
-    grad_x, _ = lay_out(torch.full(shape, torch.nan).to(dtype), memory)
-    weight, bias = (torch.rand(dim) + 0.5, torch.randn(dim)) if affine else (None, None)
-    positions = torch.randint(-3, 60, (1 if dim == 48 else BATCH, TOKENS, 2)).to(index) if rotate else None
-    if rotate:
-        positions[:, 0] = -1
-    before = x_buffer.clone()
-    kernel = {"weight": weight, "positions": positions, "eps": EPS if norm else None}
-    emulate(host, x, out, bias=bias, **kernel)
-    sums = torch.full((4, 2, dim), torch.nan)
-    emulate(host, x, None, grad_out=grad_out, grad_x=grad_x, sums=sums, **kernel)
-    assert torch.equal(x_buffer.nan_to_num(7), before.nan_to_num(7))
-    assert int(out_buffer.isnan().sum()) == out_buffer.numel() - out.numel()  # nothing written beside the view
-
-    def plain(work: torch.dtype) -> tuple[Tensor, list[Tensor]]:
-        leaves = [None if t is None else t.detach().to(work).requires_grad_() for t in (x, weight, bias)]
-        rope = {"rope": RoPE2D(), "positions": positions} if rotate else {}
-        result = norm_rope(leaves[0], weight=leaves[1], bias=leaves[2], eps=kernel["eps"], **rope)
-        used = [t for t in leaves if t is not None]
-        return result.detach(), list(torch.autograd.grad(result, used, grad_out.to(work)))
-
-    exact, exact_grads = plain(torch.float64)
-    torch_out, torch_grads = plain(dtype)
-    assert_accurate("out", out, exact, torch_out)
-    got = [grad_x, *sums.sum(0)] if affine else [grad_x]
+def test_kernel_arithmetic(host, case, affine):
+    x = draw(case, affine)
+    grad_x, _ = lay_out(torch.full(x.x.shape, torch.nan).to(case.dtype), case.memory)
+    before, rows = x.x_buffer.clone(), x.out_buffer.numel() - x.out.numel()
+    kernel = {"weight": x.weight, "positions": x.settings.get("positions"), "eps": x.settings["eps"]}
+    emulate(host, x.x, x.out, bias=x.bias, **kernel)
+    sums = torch.full((4, 2, case.dim), torch.nan)
+    emulate(host, x.x, None, grad_out=x.grad_out, grad_x=grad_x, sums=sums, **kernel)
+    assert torch.equal(x.x_buffer.nan_to_num(7), before.nan_to_num(7))
+    assert int(x.out_buffer.isnan().sum()) == rows  # nothing written beside the view
+    (exact, *exact_grads), (torch_out, *torch_grads) = (evaluate(norm_rope, x, d) for d in (torch.float64, None))
+    assert_accurate("out", x.out, exact, torch_out)
+    got = [grad_x, *sums.sum(0)] if x.weight is not None else [grad_x]
     for name, g, e, t in zip(("x", "weight", "bias"), got, exact_grads, torch_grads, strict=False):
         assert_accurate_gradient(f"grad of {name}", g, e, t)
-    if not norm and not rotate:
-        assert torch.equal(out, x)  # values appended to a cache are copied
+    if not case.norm and not case.rotate:
+        assert torch.equal(x.out, x.x)  # values appended to a cache are copied
+
+
+def reference(x, *, weight=None, bias=None, eps=None, rope=None, positions=None):
+    """The reference with the arguments of the public function."""
+    frequencies = None if rope is None else op.frequencies(x.shape[3], rope.base, rope.scale, x.device)
+    return norm_rope_reference.norm_rope(
+        x, weight, bias, positions, frequencies, eps is not None, 0.0 if eps is None else eps
+    )
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_the_reference_is_torchs_layer_norm_and_rope(case):
+    """In float64, values and gradients; its frequencies are rounded to fp32, as the kernels' are."""
+    x = draw(case, True)
+    for name, a, b in zip(
+        ("out", "x", "weight", "bias"),
+        evaluate(reference, x, torch.float64),
+        evaluate(norm_rope, x, torch.float64),
+        strict=False,
+    ):
+        assert (a - b).abs().max() <= 60 * torch.finfo(torch.float32).eps * b.abs().max(), name
+
+
+def test_the_reference_by_hand():
+    """A quarter turn for y at position 1, half a turn back for x at -2; deviations -3 to 3 over sqrt(5 + 4)."""
+    quarter_turn = torch.tensor([torch.pi / 2], dtype=torch.float64)
+    x = torch.tensor([1.0, 3.0, 5.0, 7.0], dtype=torch.float64).reshape(1, 1, 1, 4)
+    turned = norm_rope_reference.norm_rope(x, None, None, torch.tensor([[[1, -2]]]), quarter_turn, False, 0.0)
+    assert turned.flatten().tolist() == pytest.approx([-3.0, 1.0, -5.0, -7.0])
+    weight, bias = torch.tensor([[1.0, 2.0, 3.0, 4.0], [0.0, 0.0, 0.0, 1.0]], dtype=torch.float64)
+    normed = norm_rope_reference.norm_rope(x, weight, bias, None, None, True, 4.0)
+    assert normed.flatten().tolist() == pytest.approx([-1.0, -2 / 3, 1.0, 5.0])
 
 
 def test_operator_and_gradients(host, monkeypatch):
@@ -139,9 +126,9 @@ def test_operator_and_gradients(host, monkeypatch):
             host, x, None, weight=weight, positions=positions, eps=eps if norm else None, grad_out=grad_out,
             grad_x=grad_x, sums=sums if affine_grads else None,
         )  # fmt: skip
-        return grad_x, sums
+        return grad_x, sums.sum(0) if affine_grads else sums[:, 0]
 
-    monkeypatch.setattr("gate4d.nn.fused_rope._fused", lambda x, rope: x.dtype != torch.float64)
+    monkeypatch.setattr("gate4d.kernels.norm_rope.op.fits", lambda x, exact: x.dtype != torch.float64)
     library = torch.library.Library("gate4d", "IMPL")
     library.impl("norm_rope_forward", forward, "CPU")
     library.impl("norm_rope_backward", backward, "CPU")
@@ -183,7 +170,7 @@ def emulated(host, monkeypatch):
         calls.append(out)
         emulate(host, x, out, weight=weight, bias=bias, positions=positions, eps=eps if norm else None)
 
-    monkeypatch.setattr("gate4d.nn.fused_rope._fused", lambda x, rope: x.dtype != torch.float64)
+    monkeypatch.setattr("gate4d.kernels.norm_rope.op.fits", lambda x, exact: x.dtype != torch.float64)
     library = torch.library.Library("gate4d", "IMPL")
     library.impl("norm_rope_forward", forward, "CPU")
     yield calls
@@ -213,7 +200,7 @@ def test_attention_module_uses_the_kernel(norm, rotate, sizes, emulated, monkeyp
         monkeypatch.setattr(cache, "attend", attended)
         with monkeypatch.context() as m:
             if not fused:
-                m.setattr("gate4d.nn.fused_rope._fused", lambda x, rope: False)
+                m.setattr("gate4d.kernels.norm_rope.op.fits", lambda x, exact: False)
             with torch.no_grad():
                 outs = [module(x, pos[:, : x.shape[1]], cache=cache) for x in frames]
                 plain = module(frames[0], pos)
@@ -266,7 +253,7 @@ def run_patched(name, emulated, monkeypatch, *, dtype=torch.float32, autocast=Fa
         emulated.clear()
         with monkeypatch.context() as m, torch.no_grad(), gate4d.patch(model) as handle:
             if not fused:
-                m.setattr("gate4d.nn.fused_rope._fused", lambda x, rope: False)
+                m.setattr("gate4d.kernels.norm_rope.op.fits", lambda x, exact: False)
             for row in handle.table.rows if observed else ():
                 getattr(row.module, row.adapter.attribute).observers.append(lambda q, k, scale: None)
             emulated.clear()  # the trial runs'
@@ -361,13 +348,107 @@ def test_bad_arguments():
 
 @pytest.mark.parametrize("architecture", ["sm_80", "sm_90a"])
 def test_compiles_without_spills(architecture, tmp_path):
+    """With the flags torch's own build gives, which switch the implicit conversions of 16-bit types off."""
     if shutil.which("nvcc") is None:
         pytest.skip("nvcc is not installed")
     source = ROOT / "csrc" / "cuda" / "norm_rope.cu"
+    assert "-D__CUDA_NO_HALF_CONVERSIONS__" in COMMON_NVCC_FLAGS
     flags = "-std=c++17", "-O3", f"-arch={architecture}", "-Xptxas=-v", "-DTORCH_TARGET_VERSION=0x020a000000000000"
-    command = ["nvcc", *flags, f"-I{INCLUDE}", "-c", str(source), "-o", str(tmp_path / "x.o")]
-    report = subprocess.run(command, check=True, capture_output=True, text=True).stderr
-    kernels = [line.strip() for line in report.splitlines() if "stack frame" in line]
-    assert kernels == ["0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads"] * 6, (
-        report
-    )  # 2 passes, 3 types
+    command = ["nvcc", *COMMON_NVCC_FLAGS, *flags, f"-I{INCLUDE}", "-c", str(source), "-o", str(tmp_path / "x.o")]
+    result = subprocess.run(command, check=False, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout + result.stderr
+    kernels = [line.strip() for line in result.stderr.splitlines() if "stack frame" in line]
+    # 2 passes, 3 types
+    assert kernels == ["0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads"] * 6, result.stderr
+
+
+def test_backends_by_name():
+    x = torch.randn(1, 2, 5, 8)
+    assert torch.equal(norm_rope(x, eps=EPS, backend="torch"), norm_rope(x, eps=EPS))
+    with pytest.raises(ValueError, match=r"backend must be 'auto' or one of \['triton', 'cuda', 'torch'\], got 'sdpa'"):
+        norm_rope(x, eps=EPS, backend="sdpa")
+    with pytest.raises(NotImplementedError, match=r"'triton' cannot serve this call: it needs CUDA tensors, got cpu"):
+        norm_rope(x, eps=EPS, backend="triton")
+    with pytest.raises(NotImplementedError, match=r"multiples of 4 up to 256, got 6; .*CUDA C\+\+ kernel is not inst"):
+        norm_rope(x[..., :6], eps=EPS, backend="cuda")
+    rounding = RoPE2D(exact=False)
+    assert any("rounds them" in r for r in op.triton_reasons(x, rounding.exact))
+
+
+def test_the_peer_is_taken_by_name_alone(monkeypatch):
+    """The CUDA C++ operators get fp32 parameters and give partial sums; auto never calls them."""
+    monkeypatch.setattr(op, "cuda_reasons", lambda x, exact: [])
+    library, calls = torch.library.Library("gate4d", "IMPL"), []
+
+    def forward(x, out, weight, bias, positions, frequencies, norm, eps):
+        calls.append("forward")
+        assert weight.dtype == bias.dtype == torch.float32
+        out.copy_(norm_rope_reference.norm_rope(x, weight, bias, positions, frequencies, norm, eps))
+
+    def backward(grad_out, x, weight, positions, frequencies, norm, eps, affine_grads):
+        calls.append("backward")
+        with torch.enable_grad():
+            leaves = [t.detach().requires_grad_() for t in (x, weight, torch.zeros_like(weight))]
+            out = norm_rope_reference.norm_rope(*leaves, positions, frequencies, norm, eps)
+        grad_x, *sums = torch.autograd.grad(out, leaves, grad_out)
+        return grad_x, torch.stack((torch.stack(sums) / 4, torch.stack(sums) * 3 / 4))
+
+    library.impl("norm_rope_forward_cuda", forward, "CPU")
+    library.impl("norm_rope_backward_cuda", backward, "CPU")
+    x, weight, bias = torch.randn(2, 3, 5, 16), (torch.rand(16) + 0.5).bfloat16(), torch.randn(16).bfloat16()
+    results = []
+    try:
+        for backend in ("auto", "cuda"):
+            leaves = [t.clone().requires_grad_() for t in (x, weight.float(), bias.float())]
+            cast = [t.bfloat16() if backend == "cuda" else t for t in leaves[1:]]
+            settings = {"rope": RoPE2D(), "positions": torch.arange(10).reshape(1, 5, 2), "eps": EPS}
+            out = norm_rope(leaves[0], weight=cast[0], bias=cast[1], **settings, backend=backend)
+            results.append((out, *torch.autograd.grad(out.square().sum(), leaves)))
+            assert calls == ([] if backend == "auto" else ["forward", "backward"])
+    finally:
+        library._destroy()
+    for a, b in zip(*results, strict=True):
+        assert (a - b).abs().max() <= 2**-7 * a.abs().max()
+
+
+@pytest.mark.parametrize("create", ["inference", "fake"])
+def test_frequencies_kept_by_one_call_serve_every_other(create):
+    """Made in inference mode they would be refused by autograd, made under fake tensors they would hold nothing."""
+    settings = 32, 77.0, 1.0, torch.device("cpu")
+    op._frequencies.pop(settings, None)
+    with torch.inference_mode() if create == "inference" else FakeTensorMode():
+        made = op.frequencies(*settings)
+    assert isinstance(made, FakeTensor) == (create == "fake")
+    kept = op.frequencies(*settings)
+    assert not isinstance(kept, FakeTensor)
+    assert not kept.is_inference()
+    assert kept.tolist() == pytest.approx([77.0 ** (-i / 8) for i in range(8)])
+    assert op.frequencies(*settings) is kept
+
+
+@pytest.mark.parametrize("grad", [False, True])
+def test_compiles_in_one_graph(grad, emulated):
+    """``fullgraph``: choosing the kernel must not break the graph."""
+    torch._dynamo.reset()
+    module = SelfAttention(32, 2, qk_norm=True, rope=RoPE2D())
+    x, pos = torch.randn(2, TOKENS, 32), torch.randint(0, 20, (2, TOKENS, 2))
+    with torch.set_grad_enabled(grad):
+        want = module(x, pos)
+        assert len(emulated) == 2
+        compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
+        got = compiled(x, pos)
+    assert len(emulated) > 2
+    torch.testing.assert_close(got, want)
+
+
+def test_under_torch_func_the_torch_path_serves():
+    x, reasons = torch.randn(3, 1, 2, 5, 8), []
+
+    def call(t: Tensor) -> Tensor:
+        reasons.extend(op.triton_reasons(t, True))
+        return norm_rope(t, eps=EPS)
+
+    out = torch.vmap(call)(x)
+    torch.testing.assert_close(out, torch.nn.functional.layer_norm(x, (8,), eps=EPS))
+    assert "it has no rule for torch.func transforms" in reasons
+    assert not any("torch.func" in r for r in op.triton_reasons(x[0], True))

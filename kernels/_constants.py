@@ -1,0 +1,22 @@
+"""Tensors that are made once a device and kept, and when one may be kept."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, MutableMapping
+
+import torch
+from torch import Tensor
+
+
+def kept(cache: MutableMapping[Hashable, Tensor], key: Hashable, make: Callable[[], Tensor]) -> Tensor:
+    """``cache[key]``, made on the first call. What lives for one trace alone is made and not kept.
+
+    Under a dispatch mode (fake tensors, export, tracing) and under ``torch.compile`` a new tensor belongs to the trace.
+    In inference mode it would be one that autograd refuses ever after, so it is made outside of that mode.
+    """
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
+        return make()
+    if key not in cache:
+        with torch.inference_mode(False):
+            cache[key] = make()
+    return cache[key]
