@@ -61,7 +61,7 @@ def save_tum(path: str | Path, poses: Tensor, timestamps: Sequence[float] | None
 
     Args:
         poses: camera to world ``[T, 4, 4]``.
-        timestamps: seconds; the frame's index if None.
+        timestamps: seconds, written to the microsecond; the frame's index if None.
 
     Raises:
         ValueError: poses or timestamps do not fit.
@@ -74,7 +74,7 @@ def save_tum(path: str | Path, poses: Tensor, timestamps: Sequence[float] | None
         raise ValueError(f"timestamps must hold one number a pose ({len(poses)}), got {len(times)}.")
     rows = np.column_stack((np.asarray(times, dtype=np.float64), poses[:, :3, 3], quaternions(poses[:, :3, :3])))
     path = Path(path)
-    np.savetxt(path, rows, fmt="%.9g")
+    np.savetxt(path, rows, fmt=["%.6f", *["%.9g"] * 7])  # of a Unix time, nine digits would leave seconds
     return path
 
 
