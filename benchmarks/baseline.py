@@ -7,10 +7,14 @@ regresses when it exceeds the stored one by more than the tolerance, its own spr
 from __future__ import annotations
 
 import json
+import math
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
+
+from .report import read_json
 
 TOLERANCE = 0.15
 FOLDER = Path(__file__).parent
@@ -49,13 +53,31 @@ def load(path: Path) -> dict:
     Raises:
         ValueError: the file is not one.
     """
-    try:
-        stored = json.loads(path.read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError) as e:
-        raise ValueError(f"{path} is not a baseline of `gate4d bench suite --save`: {e}.") from None
+    what = "a baseline of `gate4d bench suite --save`"
+    stored = read_json(path, what)
     if not isinstance(stored, dict) or stored.get("kind") != "suite" or "cases" not in stored:
-        raise ValueError(f"{path} is not a baseline of `gate4d bench suite --save`.")
+        raise ValueError(f"{path} is not {what}.")
+    # All that compare() reads: what is wrong is said before the suite has run for minutes.
+    for place, kind in _READ.items():
+        value: Any = stored
+        for key in place:
+            value = value.get(key) if isinstance(value, dict) else None
+        if not isinstance(value, kind):
+            raise ValueError(f"{path} is not {what}: {'.'.join(place)} must be a {kind.__name__}, got {value!r:.60}.")
+    for name, case in stored["cases"].items():
+        ratio = case.get("ratio") if isinstance(case, dict) else None
+        if not isinstance(ratio, (int, float)) or isinstance(ratio, bool) or not 0 < ratio < math.inf:
+            raise ValueError(f"{path} is not {what}: the ratio of {name} must be a number > 0, got {ratio!r:.60}.")
     return stored
+
+
+_READ = {
+    ("cases",): dict,
+    ("date",): str,
+    ("versions", "gate4d"): str,
+    ("hardware", "processor"): str,
+    ("hardware", "capability"): str,
+}
 
 
 def regressed(now: dict, before: dict, tolerance: float) -> bool:

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -68,16 +69,30 @@ def load(path: Path) -> dict:
     return read(path, "gate4d bench", SCHEMA, lambda result: bool({"rows", "backbones"} & set(result)))
 
 
+def read_json(path: Path, what: str) -> Any:
+    """The content of a JSON file.
+
+    Raises:
+        ValueError: it is no JSON, or no file but a pipe, which would wait for a writer.
+        FileNotFoundError: there is nothing.
+    """
+    if path.exists() and not path.is_file():
+        raise ValueError(f"{path} is not {what}: it is no file.")
+    try:
+        return json.loads(path.read_text())
+    except (json.JSONDecodeError, UnicodeDecodeError) as e:
+        raise ValueError(f"{path} is not {what}: {e}.") from None
+    except RecursionError:
+        raise ValueError(f"{path} is not {what}: it is nested too deeply.") from None
+
+
 def read(path: Path, command: str, schema: int, fits: Callable[[dict], bool]) -> dict:
     """Read a results file of a command, of which ``fits`` must be true.
 
     Raises:
         ValueError: it is not one, or one of another schema.
     """
-    try:
-        result = json.loads(path.read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError) as e:
-        raise ValueError(f"{path} is not a results file of `{command} --json`: {e}.") from None
+    result = read_json(path, f"a results file of `{command} --json`")
     if not isinstance(result, dict) or result.get("schema") != schema or not fits(result):
         raise ValueError(f"{path} is not a results file of `{command} --json` with schema {schema}.")
     return result
