@@ -402,7 +402,9 @@ def test_the_document_shows_the_committed_results():
         (lambda b: b["cases"].update(x={"ratio": 0}), "the ratio of x must be a number > 0, got 0"),
     ],
 )
-def test_a_baseline_with_wrong_types_is_refused_before_anything_is_measured(change, match, tmp_path, monkeypatch, capsys):
+def test_a_baseline_with_wrong_types_is_refused_before_anything_is_measured(
+    change, match, tmp_path, monkeypatch, capsys
+):
     from gate4d.benchmarks import baseline
 
     monkeypatch.setattr(baseline, "run_suite", lambda *_: pytest.fail("it was measured"))

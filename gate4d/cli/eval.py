@@ -67,6 +67,7 @@ def run(args: argparse.Namespace) -> int:
     from gate4d.data.procedural import evaluation_clips
     from gate4d.evaluation.study import Row, measure
     from gate4d.evaluation.systems import systems
+    from gate4d.methods.export import save_text
 
     if args.threads is not None:
         torch.set_num_threads(args.threads)
@@ -103,7 +104,7 @@ def run(args: argparse.Namespace) -> int:
     }  # fmt: skip
     print("\n".join(table(result)))
     if args.json is not None:
-        args.json.write_text(json.dumps(result, indent=1) + "\n")
+        save_text(args.json, json.dumps(result, indent=1) + "\n")
         print(f"written to {args.json}")
     return int(all(row.skipped for row in results))
 

@@ -103,9 +103,7 @@ def read_clip(
     if len(frames) < 2:
         raise ValueError(f"clip: at least 2 frames are needed, got {len(frames)} from {path} with stride={stride}.")
     known = None not in times and all(a < b for a, b in pairwise(times))
-    return Clip(
-        torch.stack(frames), path.name, times=torch.tensor(times, dtype=torch.float64) if known else None
-    )
+    return Clip(torch.stack(frames), path.name, times=torch.tensor(times, dtype=torch.float64) if known else None)
 
 
 def fitted_size(height: int, width: int, *, patch: int, max_patches: int) -> tuple[int, int]:

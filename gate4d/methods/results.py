@@ -16,6 +16,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
@@ -120,6 +121,39 @@ def collect(result: Any, size: tuple[int, int]) -> Outputs:
     for prediction in _frames(result.predictions):
         collector.add(prediction)
     return collector.finish(result)
+
+
+def run_and_collect(method: Any, frames: Any, size: tuple[int, int], count: int) -> Outputs:
+    """What :func:`collect` makes of ``method.run(frames)``; of a method that streams, frame by frame.
+
+    Args:
+        method: ``handle.method`` of a patched model.
+        frames: as the method's ``run`` takes them, ``count`` of ``size``; methods that stream read them one by one.
+
+    Raises:
+        ValueError, TypeError, ImportError: as the method's ``run`` and :func:`collect`.
+    """
+    if not hasattr(method, "stream"):
+        return collect(method.run(frames), size)
+    if hasattr(method, "keep"):  # CUT3R's methods
+        collector, own = Collector(size, count), method.keep
+        method.keep = lambda prediction: collector.add(own(prediction))
+        try:
+            return collector.finish(method.run(frames))
+        finally:
+            method.keep = own
+    collector, cameras = Collector(size, count, cameras=True), []
+    stream = method.stream(frames)
+    for step in stream:
+        collector.add(step.prediction)
+        cameras.append(step.camera)
+        del step  # else the last frame's prediction lives on while the next one is made
+    found, refined = torch.stack(cameras, dim=1), torch.zeros(len(cameras), dtype=torch.bool)
+    if method.camera_pass:
+        held, again = stream.camera_pass()
+        found[:, held] = again.to(found.dtype)
+        refined[held] = True
+    return collector.finish(SimpleNamespace(cameras=found, refined=refined))
 
 
 class Collector:

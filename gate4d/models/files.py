@@ -110,7 +110,9 @@ def _arguments(file: str, text: str, tensors: Mapping[str, Tensor]) -> dict[str,
     try:
         arguments = json.loads(text)
     except (ValueError, RecursionError) as e:
-        raise WeightsError(f"{file}: metadata must hold the model's arguments as JSON: {type(e).__name__}: {e}.") from None
+        raise WeightsError(
+            f"{file}: metadata must hold the model's arguments as JSON: {type(e).__name__}: {e}."
+        ) from None
     if not isinstance(arguments, dict):
         raise WeightsError(f"{file}: metadata must hold the model's arguments by name, got {type(arguments).__name__}.")
     limit = max([len(tensors), *(n for x in tensors.values() for n in x.shape)])
@@ -122,7 +124,9 @@ def _arguments(file: str, text: str, tensors: Mapping[str, Tensor]) -> dict[str,
         elif isinstance(value, dict):
             open_values += [(name, x) for x in value.values()]
         elif isinstance(value, (int, float)) and not abs(value) <= limit:
-            raise WeightsError(f"{file}: metadata ask for {name}={value}, and nothing in the file is larger than {limit}.")
+            raise WeightsError(
+                f"{file}: metadata ask for {name}={value}, and nothing in the file is larger than {limit}."
+            )
     return arguments
 
 

@@ -186,7 +186,7 @@ def test_16_bits_are_scaled(tmp_path, kind):
 def test_32_bits_without_a_range_are_named(tmp_path):
     for i in range(2):
         Image.fromarray(np.full((28, 28), 0.5, np.float32)).save(tmp_path / f"{i}.tif")
-    with pytest.raises(ValueError, match="frame 0 cannot be read, .*no known range"):
+    with pytest.raises(ValueError, match=r"frame 0 cannot be read, .*no known range"):
         read_clip(tmp_path)
 
 
@@ -194,7 +194,10 @@ def test_times_of_a_video_and_of_images_named_by_them(video, tmp_path):
     torch.testing.assert_close(read_clip(video).times, torch.arange(6).double() / 10)
     torch.testing.assert_close(read_clip(video, stride=2).times, torch.tensor([0.0, 0.2, 0.4]).double())
     for names, times in (
-        (["1341846313.592026", "1341846313.628014", "1341846313.7"], [1341846313.592026, 1341846313.628014, 1341846313.7]),
+        (
+            ["1341846313.592026", "1341846313.628014", "1341846313.7"],
+            [1341846313.592026, 1341846313.628014, 1341846313.7],
+        ),
         (["1403636579763555584", "1403636579813555456"], [1403636579.763555584, 1403636579.813555456]),
         (["frame1", "frame2"], None),
         (["1", "2"], None),  # numbers of frames
@@ -214,7 +217,7 @@ def test_a_pipe_is_refused_and_not_waited_for(tmp_path):
     os.mkfifo(tmp_path / "0.png")
     with pytest.raises(ValueError, match="is neither a file nor a folder"):
         read_clip(tmp_path / "0.png")
-    with pytest.raises(ValueError, match="frame 0 cannot be read, .*it is not a file"):
+    with pytest.raises(ValueError, match=r"frame 0 cannot be read, .*it is not a file"):
         read_clip(tmp_path)
 
 
