@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import torch
 
 from gate4d import MotionGate, Visibility, explain, gated_attention
+from gate4d.methods.export import save_text
 
 from .. import machine
 
@@ -73,7 +74,24 @@ def served_by(backend: str, visible: Visibility | None = None) -> dict[str, Any]
 
 def write(path: Path, result: dict[str, Any]) -> None:
     """Write a results file."""
-    path.write_text(json.dumps(result, indent=1) + "\n")
+    save_text(path, json.dumps(result, indent=1) + "\n")
+
+
+def read_json(path: Path, what: str) -> Any:
+    """The content of a JSON file.
+
+    Raises:
+        ValueError: it is no JSON, or no file but a pipe, which would wait for a writer.
+        FileNotFoundError: there is nothing.
+    """
+    if path.exists() and not path.is_file():
+        raise ValueError(f"{path} is not {what}: it is no file.")
+    try:
+        return json.loads(path.read_text())
+    except (json.JSONDecodeError, UnicodeDecodeError) as e:
+        raise ValueError(f"{path} is not {what}: {e}.") from None
+    except RecursionError:
+        raise ValueError(f"{path} is not {what}: it is nested too deeply.") from None
 
 
 def read(path: Path, *kinds: str) -> dict[str, Any]:
@@ -86,10 +104,7 @@ def read(path: Path, *kinds: str) -> dict[str, Any]:
         ValueError: it is no results file, one of another schema, or one of another kind.
     """
     wanted = " or ".join(f"`gate4d {KINDS[k].command}`" for k in kinds or ("targets",))
-    try:
-        result = json.loads(path.read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError) as e:
-        raise ValueError(f"{path} is not a results file of {wanted}: {e}.") from None
+    result = read_json(path, f"a results file of {wanted}")
     if isinstance(result, dict) and result.get("schema") == 1:
         result = _from_first_schema(result)
     if not isinstance(result, dict) or result.get("schema") != SCHEMA or result.get("kind") not in KINDS:

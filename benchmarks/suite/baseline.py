@@ -7,12 +7,16 @@ regresses when it exceeds the stored one by more than the tolerance, its own spr
 from __future__ import annotations
 
 import json
+import math
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 from gate4d.terminal import table
+
+from ..report import result_files
 
 TOLERANCE = 0.15
 FOLDER = Path(__file__).parents[1]
@@ -42,6 +46,37 @@ def run_suite(threads: int, only: str | None = None) -> tuple[dict[str, dict], i
     found = {b["name"].removeprefix("test_"): {**b["extra_info"], "seconds": b["stats"]["median"]}
              for b in data["benchmarks"] if "ratio" in b["extra_info"]}  # fmt: skip
     return found, done.returncode
+
+
+def load(path: Path) -> dict:
+    """A stored baseline.
+
+    Raises:
+        ValueError: the file is not one.
+    """
+    what = "a baseline of `gate4d bench suite --save`"
+    stored = result_files.read(path, "suite")
+    # All that compare() reads: what is wrong is said before the suite has run for minutes.
+    for place, kind in _READ.items():
+        value: Any = stored
+        for key in place:
+            value = value.get(key) if isinstance(value, dict) else None
+        if not isinstance(value, kind):
+            raise ValueError(f"{path} is not {what}: {'.'.join(place)} must be a {kind.__name__}, got {value!r:.60}.")
+    for name, case in stored["cases"].items():
+        ratio = case.get("ratio") if isinstance(case, dict) else None
+        if not isinstance(ratio, (int, float)) or isinstance(ratio, bool) or not 0 < ratio < math.inf:
+            raise ValueError(f"{path} is not {what}: the ratio of {name} must be a number > 0, got {ratio!r:.60}.")
+    return stored
+
+
+_READ = {
+    ("cases",): dict,
+    ("date",): str,
+    ("versions", "gate4d"): str,
+    ("hardware", "processor"): str,
+    ("hardware", "capability"): str,
+}
 
 
 def regressed(now: dict, before: dict, tolerance: float) -> bool:

@@ -189,7 +189,7 @@ def _suite(args: argparse.Namespace) -> int:
 
     tolerance = baseline.TOLERANCE if args.tolerance is None else args.tolerance
     file = args.baseline or (baseline.STORED if baseline.STORED.exists() else None)
-    stored = None if file is None else result_files.read(file, "suite")
+    stored = None if file is None else baseline.load(file)
     threads = _threads(args.threads)
     about = _about(args, threads, effort="quick")
     cases, status = baseline.run_suite(threads, args.only)

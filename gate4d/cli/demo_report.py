@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import os
-import shutil
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +15,7 @@ from gate4d.benchmarks.report import plots
 from gate4d.benchmarks.sequences.trained import Outcome, in_units
 from gate4d.data import Clip
 from gate4d.evaluation import similarity
+from gate4d.methods import export
 from gate4d.terminal import table
 
 FILES = ("reconstruction.png", "curves.png", "overlay.png", "figures.json")
@@ -41,26 +39,9 @@ def check_folder(out: Path) -> None:
         )
 
 
-@contextmanager
-def written_at_once(out: Path) -> Iterator[Path]:
+def written_at_once(out: Path) -> AbstractContextManager[Path]:
     """A folder to write into, which takes the name ``out`` only when everything went well."""
-    check_folder(out)
-    scratch = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
-    try:
-        work, old = scratch / "new", scratch / "old"
-        work.mkdir()
-        yield work
-        check_folder(out)  # it may have changed meanwhile
-        if out.exists():
-            out.rename(old)
-        try:
-            work.rename(out)
-        except OSError:
-            if old.exists():
-                old.rename(out)
-            raise
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+    return export.written_at_once(out, check_folder)
 
 
 _COLORS = {"truth": "#333333", "no gates": "#c0392b", "gates": "#1a6fb5", "stream": "#2e8b57"}

@@ -6,14 +6,17 @@ import argparse
 import ast
 import importlib
 import importlib.util
+import inspect
 import json
+import math
 import resource
 import shlex
 import sys
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -21,15 +24,26 @@ from torch import nn
 
 from gate4d.terminal import Show, progress
 
+from .theirs import theirs, watching_for_checkpoints
+
 EPILOG = """\
 --model takes the name of a shipped model, a file of its weights (.safetensors), MODULE:FACTORY, or with --trust a file
 written by torch.save(model). MODULE:FACTORY imports a Python module (from the current folder, too) and calls FACTORY()
 without arguments; it returns your model with its checkpoint loaded, so a checkout of VGGT, CUT3R, DUSt3R or a relative
 runs as it is. Both run code: use only modules and files that you trust. Weights files hold numbers and are always safe.
 
+--out appears when everything is written; a run that fails or is interrupted leaves nothing behind. Methods that stream
+(more, mut3r, ttt3r) read frame by frame: beside the clip itself and its masks, four bytes a pixel, memory does not grow
+with the frames. Of the points a regular sample is kept, four million at most before the uncertain ones are left out.
+--option keep=NAME,... says which entries of the predictions mut3r and ttt3r keep: camera_pose alone writes no points.
+
 Frames are scaled down until they just cover the largest grid of whole patches of the model, at most --patches of them,
 and cropped to it around the middle.
 """
+
+
+# Packages that a method asks for when its passes are through: said before they begin.
+_NEEDED = {"mut3r": ("skimage",), "easi3r": ("skimage", "sklearn"), "vggt4d": ("skimage", "sklearn", "scipy")}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -45,6 +59,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="output folder, new or empty")
     parser.add_argument("--max-frames", type=int, default=24, help="read at most so many frames (default 24)")
     parser.add_argument("--stride", type=int, default=1, help="take every n-th frame of CLIP (default 1)")
+    parser.add_argument(
+        "--fps", type=float, default=30.0,
+        help="frames a second of a CLIP that has no times of its own, for poses.txt (default 30)",
+    )  # fmt: skip
     parser.add_argument(
         "--patches", type=int, help="largest number of patches a frame (default 414; shipped models: as trained, 80)"
     )
@@ -67,12 +85,17 @@ def run(args: argparse.Namespace) -> int:
     """Load the model, patch it, run the method, write what it found, print the summary."""
     _check(args)
     import gate4d
-    from gate4d.methods.results import collect
+    from gate4d.methods.export import written_at_once
+    from gate4d.methods.results import run_and_collect
     from gate4d.methods.rollout import patch_size
     from gate4d.models import MODELS, TRAINED_PATCHES
 
-    options = dict(map(_option, args.option))
-    with warnings.catch_warnings(record=True) as caught, progress("loading the model") as show:
+    options = _options(args)
+    with (
+        written_at_once(args.out) as folder,  # whether it can be written to shows before the work is done
+        warnings.catch_warnings(record=True) as caught,
+        progress("loading the model") as show,
+    ):
         warnings.simplefilter("always", UserWarning)
         model = load_model(args.model, args.device, trust=args.trust)
         with gate4d.patch(model, method=args.method, **options) as handle:  # refuses before the clip is read
@@ -80,33 +103,50 @@ def run(args: argparse.Namespace) -> int:
             if args.patches is None:
                 args.patches = TRAINED_PATCHES if type(model).__name__ in MODELS.values() else 414
             clip = _clip(args, patch_size(model))
-            images = clip.frames.permute(0, 3, 1, 2).float() / 255
-            args.out.mkdir(exist_ok=True)  # whether it can be written to shows before the work is done
-            show(f"running {args.method}", total=len(images), done=0)
+            count, height, width, _ = clip.frames.shape
+            show(f"running {args.method}", total=count, done=0)
             streams, begin = hasattr(handle.method, "stream"), time.perf_counter()
             if args.device.startswith("cuda"):
                 torch.cuda.reset_peak_memory_stats(args.device)
-            result = handle.run(_counted(images, show) if streams else images.to(args.device))
+            images: Any = (frame.to(args.device).permute(2, 0, 1).float() / 255 for frame in clip.frames)
+            if not streams:
+                images = clip.frames.to(args.device).permute(0, 3, 1, 2).float() / 255
+            with theirs("the model, while the method ran it,", ValueError, TypeError, ImportError, OSError):
+                tracked = _counted(images, show) if streams else images
+                found = run_and_collect(handle.method, tracked, (height, width), count)
             seconds, peak = time.perf_counter() - begin, _peak_bytes(args.device)
-            show("writing files", done=len(images))
-            found = collect(result, tuple(images.shape[-2:]))
-            written = found.save(args.out, clip.frames)
+            show("writing files", done=count)
+            written = found.save(folder, clip.frames, times=_times(clip, args))
+        figures = _figures(args, clip, found, seconds, peak, caught)
+        written.append(folder / "summary.json")
+        written[-1].write_text(json.dumps(figures, indent=2) + "\n")
+    _print(figures, [args.out / path.relative_to(folder) for path in written])
+    return 0
+
+
+def _times(clip, args: argparse.Namespace) -> list[float]:
+    """Seconds of the frames: the clip's own, else by the frame rate."""
+    if clip.times is not None:
+        return clip.times.tolist()
+    return [n * args.stride / args.fps for n in range(len(clip.frames))]
+
+
+def _figures(args: argparse.Namespace, clip, found, seconds: float, peak: int, caught: list) -> dict[str, Any]:
+    """The summary."""
+    count, height, width, _ = clip.frames.shape
     notes = list(dict.fromkeys(str(w.message) for w in caught if issubclass(w.category, UserWarning)))
     figures = {
         "command": shlex.join(["gate4d", *sys.argv[1:]]), "method": args.method, "model": args.model,
-        "clip": clip.name, "frames": len(images), "height": images.shape[2], "width": images.shape[3],
-        "fps": len(images) / seconds, "seconds": seconds, "peak_bytes": peak, "device": args.device,
+        "clip": clip.name, "frames": count, "height": height, "width": width,
+        "fps": count / seconds, "seconds": seconds, "peak_bytes": peak, "device": args.device,
         "dynamic_share": None if found.masks is None else float(found.masks.float().mean()), "notes": notes,
     }  # fmt: skip
     if clip.motion is not None:
         figures["dynamic_share_true"] = float(clip.motion.float().mean())
-    summary = args.out / "summary.json"
-    summary.write_text(json.dumps(figures, indent=2) + "\n")
-    _print(figures, [*written, summary])
-    return 0
+    return figures
 
 
-def _counted(images: torch.Tensor, show: Show) -> Iterator[torch.Tensor]:
+def _counted(images: Iterable[torch.Tensor], show: Show) -> Iterator[torch.Tensor]:
     """The frames one by one, each counted when the next one is asked for."""
     for image in images:
         yield image
@@ -120,22 +160,37 @@ def load_model(spec: str, device: str, *, trust: bool = False) -> nn.Module:
         FileNotFoundError, ImportError: there is no such file or module.
         TypeError: the factory returned, or the file holds, something else than a module.
         ValueError: the factory does not exist, or a file that runs code is not trusted.
+        TheirError: the module or the factory raised something.
+
+    Warns:
+        UserWarning: nothing that loads weights was called on the way, so they are random.
     """
     module, colon, factory = spec.partition(":")
     if colon and not Path(spec).exists():
         if "" not in sys.path:
             sys.path.insert(0, "")
-        make = getattr(importlib.import_module(module), factory, None)
-        if not callable(make):
-            raise ValueError(f"--model: module {module!r} has no factory {factory!r} that can be called.")
-        model = make()
+        with watching_for_checkpoints() as loaded:
+            make = getattr(_imported(module), factory, None)
+            if not callable(make):
+                raise ValueError(f"--model: module {module!r} has no factory {factory!r} that can be called.")
+            with theirs(f"--model: {spec}()"):
+                model = make()
+        if isinstance(model, nn.Module) and not loaded:
+            warnings.warn(
+                f"--model: {spec} loaded no checkpoint (no torch.load, load_state_dict or safetensors was called): the "
+                "weights are random, unless it has them from elsewhere.",
+                stacklevel=2,
+            )
     elif Path(spec).suffix in (".pt", ".pth", ".bin", ".ckpt"):
         if not trust:
             raise ValueError(
                 f"--model: {spec} is a pickle, which can run any code when it is loaded. If you trust it and it was "
                 "written by torch.save(model), say --trust; for a checkpoint of weights, use MODULE:FACTORY."
             )
-        model = torch.load(spec, map_location=device, weights_only=False)
+        if not Path(spec).is_file():
+            raise FileNotFoundError(f"--model: there is no file {spec}.")
+        with theirs(f"--model: loading {spec}", OSError):
+            model = torch.load(spec, map_location=device, weights_only=False)
     else:
         from gate4d import models
 
@@ -144,6 +199,19 @@ def load_model(spec: str, device: str, *, trust: bool = False) -> nn.Module:
         what = "; a checkpoint of weights needs MODULE:FACTORY" if isinstance(model, dict) else ""
         raise TypeError(f"--model: {spec} must be a torch.nn.Module, got {type(model).__name__}{what}.")
     return model.to(device).eval()
+
+
+def _imported(module: str) -> ModuleType:
+    if not module:
+        raise ValueError("--model must be MODULE:FACTORY, got no module before the colon.")
+    try:
+        with theirs(f"--model: importing {module}", ModuleNotFoundError):
+            return importlib.import_module(module)
+    except ModuleNotFoundError as e:
+        if e.name is not None and (module == e.name or module.startswith(f"{e.name}.")):
+            raise  # what was asked for is not there
+        with theirs(f"--model: importing {module}"):
+            raise
 
 
 def _clip(args: argparse.Namespace, patch: int):
@@ -159,13 +227,29 @@ def _clip(args: argparse.Namespace, patch: int):
     return read_clip(args.frames, max_frames=args.max_frames, stride=args.stride, patch=patch, max_patches=args.patches)
 
 
+def _options(args: argparse.Namespace) -> dict[str, Any]:
+    """Of the method; what it does not know is refused with a list of what it does."""
+    from gate4d import methods
+
+    options = dict(map(_option, args.option))
+    known = {c.__name__.lower(): c for c in vars(methods).values() if isinstance(c, type) and hasattr(c, "run")}
+    if args.method in known:  # patch() speaks of others
+        taken = inspect.signature(known[args.method]).parameters.values()
+        names = {p.name for p in taken if p.kind is p.KEYWORD_ONLY}
+        if unknown := sorted(options.keys() - names):
+            raise ValueError(
+                f"--option: {args.method} has no option {', '.join(unknown)}; it has {', '.join(sorted(names))}."
+            )
+    return options
+
+
 def _option(text: str) -> tuple[str, Any]:
     name, equals, value = text.partition("=")
     if not equals or not name.isidentifier():
         raise ValueError(f"--option must be NAME=VALUE, got {text!r}.")
     try:
         return name, ast.literal_eval(value)
-    except (ValueError, SyntaxError):
+    except (ValueError, SyntaxError, RecursionError, MemoryError):  # the last two: nested thousands deep
         return name, value  # a plain word
 
 
@@ -173,16 +257,20 @@ def _check(args: argparse.Namespace) -> None:
     for name, least in (("max_frames", 2), ("stride", 1), ("patches", 1)):
         if getattr(args, name) is not None and getattr(args, name) < least:
             raise ValueError(f"--{name.replace('_', '-')} must be at least {least}, got {getattr(args, name)}.")
+    if not (math.isfinite(args.fps) and args.fps > 0):
+        raise ValueError(f"--fps must be a number > 0 (frames a second), got {args.fps:g}.")
     if args.out.exists() and (not args.out.is_dir() or any(args.out.iterdir())):
         raise FileExistsError(f"--out: {args.out} exists and is not an empty folder; give another name.")
     if not args.out.resolve().parent.is_dir():
         raise FileNotFoundError(f"--out: the folder {args.out.resolve().parent} does not exist.")
     try:
-        torch.empty(0, device=args.device)
-    except (RuntimeError, AssertionError) as e:  # torch's way to say that there is no such device
+        float(torch.zeros(1, device=args.device))  # "meta" makes tensors and holds no numbers
+    except (RuntimeError, AssertionError, NotImplementedError) as e:  # torch's ways to say that there is no such device
         raise ValueError(f"--device {args.device} cannot be used: {str(e).splitlines()[0]}") from None
-    if importlib.util.find_spec("PIL") is None:
-        raise ImportError("gate4d run needs PIL: pip install 'gate4d[methods]'.")
+    needed = ["PIL", *_NEEDED.get(args.method, ())]
+    missing = [package for package in needed if importlib.util.find_spec(package) is None]
+    if missing:
+        raise ImportError(f"gate4d run needs {' and '.join(missing)}: pip install 'gate4d[methods]'.")
 
 
 def _peak_bytes(device: str) -> int:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import islice
+from itertools import islice, pairwise
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -28,6 +28,7 @@ class Clip:
         depth: fp32 ``[T, H, W]``, metres along the optical axis.
         poses: fp64 ``[T, 4, 4]``, camera to world, OpenCV axes.
         intrinsics: fp64 ``[3, 3]``, pixels.
+        times: fp64 ``[T]``, seconds, increasing: a video's own, or those that the images are named by.
     """
 
     frames: Tensor
@@ -36,6 +37,7 @@ class Clip:
     depth: Tensor | None = None
     poses: Tensor | None = None
     intrinsics: Tensor | None = None
+    times: Tensor | None = None
 
 
 class Batch(NamedTuple):
@@ -53,6 +55,9 @@ def read_clip(
 ) -> Clip:
     """Read the first ``max_frames`` frames of a video file, or of a folder of images in natural name order.
 
+    Images of 16 bits are scaled to 8. Where all images of a folder are named by time stamps (seconds with decimals, or
+    16 or 19 digits: micro- or nanoseconds), they come in the order of their times.
+
     Frames are scaled down (up only where a side is shorter than one patch) until they just cover the largest grid of
     whole ``patch x patch`` pixel patches with at most ``max_patches`` of them, and cropped to it around the middle.
 
@@ -63,7 +68,8 @@ def read_clip(
 
     Raises:
         FileNotFoundError: there is nothing at ``path``.
-        ValueError: a frame cannot be read, the frames differ in size, there are fewer than 2, or an option is bad.
+        ValueError: a frame cannot be read, the frames differ in size or are smaller than a quarter of a patch (or than
+            4 pixels), there are fewer than 2, ``path`` is neither a file nor a folder, or an option is bad.
         ImportError: the reader for this kind of clip is not installed; names the extra to install.
     """
     for name, value, least in (("max_frames", max_frames, 2), ("stride", stride, 1), ("patch", patch, 1)):
@@ -72,10 +78,19 @@ def read_clip(
     path = Path(path)
     if not path.exists():
         raise FileNotFoundError(f"clip: nothing found at {path}; give a video file or a folder of images.")
+    if not path.is_dir() and not path.is_file():  # a pipe would wait for a writer
+        raise ValueError(f"clip: {path} is neither a file nor a folder.")
     source = _folder_frames(path, stride) if path.is_dir() else islice(_video_frames(path), 0, None, stride)
     frames: list[Tensor] = []
+    times: list[float | None] = []
     first_size, size = None, None
-    for label, image in islice(source, max_frames):
+    least = max(4, -(-patch // 4))
+    for label, image, time in islice(source, max_frames):
+        if min(image.shape[:2]) < least:
+            raise ValueError(
+                f"clip: frames must be at least {least} pixels wide and high to show anything in patches of {patch}, "
+                f"{label} is {image.shape[1]}x{image.shape[0]}."
+            )
         if size is None:
             first_size, size = image.shape[:2], fitted_size(*image.shape[:2], patch=patch, max_patches=max_patches)
         elif image.shape[:2] != first_size:
@@ -84,9 +99,11 @@ def read_clip(
                 f"and the first frame is {first_size[1]}x{first_size[0]}."
             )
         frames.append(_fit(image, *size))
+        times.append(time)
     if len(frames) < 2:
         raise ValueError(f"clip: at least 2 frames are needed, got {len(frames)} from {path} with stride={stride}.")
-    return Clip(torch.stack(frames), path.name)
+    known = None not in times and all(a < b for a, b in pairwise(times))
+    return Clip(torch.stack(frames), path.name, times=torch.tensor(times, dtype=torch.float64) if known else None)
 
 
 def fitted_size(height: int, width: int, *, patch: int, max_patches: int) -> tuple[int, int]:
@@ -114,7 +131,7 @@ def _fit(image: np.ndarray, height: int, width: int) -> Tensor:
     return x[0, :, top : top + height, left : left + width].permute(1, 2, 0).contiguous()
 
 
-def _folder_frames(folder: Path, stride: int) -> Iterator[tuple[str, np.ndarray]]:
+def _folder_frames(folder: Path, stride: int) -> Iterator[tuple[str, np.ndarray, float | None]]:
     names = [p for p in folder.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES and not p.name.startswith(".")]
     if not names:
         raise ValueError(f"clip: the folder {folder} holds no images ({', '.join(IMAGE_SUFFIXES)}).")
@@ -123,16 +140,41 @@ def _folder_frames(folder: Path, stride: int) -> Iterator[tuple[str, np.ndarray]
     except ImportError:
         raise ImportError("Reading images needs pillow: pip install 'gate4d[demo]'.") from None
     names.sort(key=lambda p: [int(s) if s.isdigit() else s for s in re.split(r"(\d+)", p.name)])
+    stamps = {p: _stamp(p.stem) for p in names}
+    stamped = None not in stamps.values()
+    if stamped:
+        names.sort(key=stamps.get)
     for number, name in list(enumerate(names))[::stride]:
         try:
+            if not name.is_file():
+                raise ValueError("it is not a file.")
             with Image.open(name) as image:
-                pixels = np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
+                pixels = _rgb(ImageOps.exif_transpose(image), image.format)
         except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as e:  # pillow raises all of these
             raise ValueError(f"clip: frame {number} cannot be read, {name}: {e}") from None
-        yield str(name), pixels
+        yield str(name), pixels, stamps[name] if stamped else None
 
 
-def _video_frames(path: Path) -> Iterator[tuple[str, np.ndarray]]:
+def _rgb(image: Any, kind: str | None) -> np.ndarray:
+    """``[h, w, 3]`` uint8 of a pillow image; pillow itself would clip 16 bits instead of scaling them."""
+    if image.mode.startswith("I;16") or (image.mode == "I" and kind == "PNG"):
+        wide = np.asarray(image).astype(np.uint32)
+        return np.repeat(((wide + 128) // 257).astype(np.uint8)[..., None], 3, axis=-1)
+    if image.mode in ("I", "F"):
+        raise ValueError(f"its pixels have no known range (mode {image.mode}, 32 bits): save 8 or 16 bits.")
+    return np.asarray(image.convert("RGB"))
+
+
+def _stamp(name: str) -> float | None:
+    """Seconds of a file name that is a time, as in TUM's and EuRoC's data sets."""
+    if re.fullmatch(r"\d+\.\d+", name):
+        return float(name)
+    if re.fullmatch(r"\d{16}|\d{19}", name):
+        return int(name) / (1e6 if len(name) == 16 else 1e9)
+    return None
+
+
+def _video_frames(path: Path) -> Iterator[tuple[str, np.ndarray, float | None]]:
     try:
         import av
     except ImportError:
@@ -145,7 +187,7 @@ def _video_frames(path: Path) -> Iterator[tuple[str, np.ndarray]]:
             for frame in container.decode(video=0):
                 if frame.is_corrupt:
                     raise ValueError(f"clip: frame {number} of {path} is corrupt.")
-                yield f"frame {number} of {path}", frame.to_ndarray(format="rgb24")
+                yield f"frame {number} of {path}", frame.to_ndarray(format="rgb24"), frame.time
                 number += 1
     except av.error.FFmpegError as e:
         where = f"frame {number} of {path} cannot be decoded" if number else f"{path} is not a readable video"

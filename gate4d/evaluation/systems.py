@@ -115,7 +115,7 @@ def _select(block: nn.Module, tokens: Visibility, x: Tensor, pos: Tensor, **call
 
 def _vggt4d(model: nn.Module, clip: Batch, recipe: GramRecipe = SHALLOW, second: bool = True) -> Prediction:
     """Both passes; cameras of the first one without ``second``."""
-    with patch(model, method="vggt4d", recipe=recipe, masked_layers=MASKED_LAYERS if second else ()) as handle:
+    with patch(model, method="vggt4d", recipe=recipe, masked_layers=MASKED_LAYERS if second else None) as handle:
         result = handle.run(clip.images)
     return _prediction(result.predictions, motion=result.masks.masks)
 
@@ -181,7 +181,7 @@ def systems() -> list[System]:
         System(clip, "early masking, MoRe's masks", "alternating", _masked, note=frozen),
         System(clip, "early masking, true masks", "alternating", partial(_masked, true=True), note=frozen),
     ]
-    mut3r = partial(_recurrent, method="mut3r")
+    mut3r = partial(_recurrent, method="mut3r", normalise="standardised")  # the paper's form
     rows += [
         System(memory, "CUT3R-style", "recurrent", _recurrent, True),
         System(memory, "TTT3R", "recurrent", partial(_recurrent, method="ttt3r"), True, frozen),

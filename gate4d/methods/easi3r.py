@@ -15,6 +15,7 @@ from .rollout import clip_images, patch_size, require_family, require_parts
 from .segmentation import DynamicMasks, dynamic_masks, patch_masks
 
 Pair = tuple[int, int]
+LONG = 95  # frames, above which the authors' evaluation takes a smaller window
 
 
 class Easi3rPass(NamedTuple):
@@ -59,7 +60,11 @@ class Easi3r:
     so its predictions have the model's form. Works on DUSt3R, MonST3R and on the authors' fork of them.
 
     Args:
-        pair_window: a frame is paired with as many frames after it (the authors' demo: 5).
+        pair_window: a frame is paired with as many frames after it. None is the authors' choice: 5, and 4 for clips of
+            more than 95 frames.
+        pair_stride: distance between these frames, of which the first is the next one. None is the authors' choice, 2
+            (their scene graph ``swinstride-5-noncyclic``: 1, 3, 5, 7 and 9 frames later); of three frames, for which
+            theirs leaves images in one pair alone, it is 1.
         symmetric: every pair in both orders. Without it, ``cyclic`` is needed, because the first frame would never be
             a pair's second image.
         cyclic: the window goes around from the last frame to the first.
@@ -76,7 +81,8 @@ class Easi3r:
         model: nn.Module,
         table: AttentionTable,
         *,
-        pair_window: int = 5,
+        pair_window: int | None = None,
+        pair_stride: int | None = None,
         symmetric: bool = True,
         cyclic: bool = False,
         clusters: int = 64,
@@ -89,9 +95,11 @@ class Easi3r:
         rows = [r for r in table.select("decoder cross") if _decoder(r.name)]
         require_family("easi3r", rows or table, "croco", "easi3r")
         require_parts("easi3r", model, ("patch_embed", "dec_blocks2", "_encode_image", "_encode_symmetrized"))
-        for name, value in (("pair_window", pair_window), ("batch", batch)):
-            if not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name} must be an int >= 1, got {value!r}.")
+        for name, value in (("pair_window", pair_window), ("pair_stride", pair_stride), ("batch", batch)):
+            if value is None and name != "batch":
+                continue
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ValueError(f"{name} must be an int >= 1{'' if name == 'batch' else ' or None'}, got {value!r}.")
         if not symmetric and not cyclic:
             raise ValueError(
                 "symmetric=False needs cyclic=True: else the first frame is never the second image of a pair."
@@ -100,7 +108,8 @@ class Easi3r:
             raise TypeError(f"features must be None or a function of the images, got {type(features).__name__}.")
         self.model = model
         self.rows = {number: {r.layer: r for r in rows if _decoder(r.name) == number} for number in (1, 2)}
-        self.pairing = {"window": pair_window, "symmetric": symmetric, "cyclic": cyclic}
+        self.window, self.stride = pair_window, pair_stride
+        self.pairing = {"symmetric": symmetric, "cyclic": cyclic}
         self.clustering = {"clusters": clusters, "engine": engine, "seed": seed}
         self.features, self.batch, self.keep = features, batch, keep or (lambda one, two: (one, two))
 
@@ -121,7 +130,7 @@ class Easi3r:
         images = clip_images(frames, patch, device=next(self.model.parameters()).device)[0]
         size, count = tuple(images.shape[-2:]), len(images)
         grid = size[0] // patch, size[1] // patch
-        pairs = window_pairs(count, **self.pairing)
+        pairs = self.pairs(count)
         if count < 3:
             raise ValueError(f"frames must hold at least 3 images, so that each is in two pairs, got {count}.")
         saliency = PairSaliency(count, grid)
@@ -143,6 +152,12 @@ class Easi3r:
         first = run_all(None, None)
         second = run_all(patch_masks(first.masks.masks, grid), first.masks.labels)
         return Easi3rResult(*second, first, pairs)
+
+    def pairs(self, frames: int) -> list[Pair]:
+        """The pairs of a clip of so many frames."""
+        window = (4 if frames > LONG else 5) if self.window is None else self.window
+        stride = (1 if frames == 3 else 2) if self.stride is None else self.stride
+        return window_pairs(frames, window, stride=stride, **self.pairing)
 
     def close(self) -> None:
         """Nothing outlives a run."""
@@ -200,21 +215,24 @@ class Easi3r:
                 row.control.gate = None
 
 
-def window_pairs(frames: int, window: int = 5, *, symmetric: bool = True, cyclic: bool = False) -> list[Pair]:
-    """Pairs ``(i, i + n)``, n = 1..window; cyclic ones go on from the last frame to the first; in order, none twice.
+def window_pairs(
+    frames: int, window: int = 5, *, stride: int = 1, symmetric: bool = True, cyclic: bool = False
+) -> list[Pair]:
+    """Pairs ``(i, i + n)`` with n = 1, 1 + stride, 1 + 2 stride, ..., ``window`` of them; in order, none twice.
 
     Args:
         frames: number of frames.
-        window: how many frames after a frame it is paired with.
+        window: with how many frames after it a frame is paired.
+        stride: distance between those.
         symmetric: also ``(i + n, i)``.
-        cyclic: indices are taken modulo the number of frames.
+        cyclic: indices are taken modulo the number of frames, so that pairs go on from the last frame to the first.
     """
     pairs: dict[Pair, None] = {}
     for i in range(frames):
-        for n in range(1, min(window, frames - 1) + 1):
-            j = i + n
-            if j < frames or cyclic:
-                pairs[i, j % frames] = None
+        for n in range(1, 1 + window * stride, stride):
+            j = (i + n) % frames if cyclic else i + n
+            if j < frames and j != i:
+                pairs[i, j] = None
     if symmetric:
         pairs |= dict.fromkeys([(j, i) for i, j in pairs])
     return list(pairs)

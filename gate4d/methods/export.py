@@ -2,12 +2,94 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import os
+import secrets
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
+
+
+@contextmanager
+def written_at_once(out: str | Path, check: Callable[[Path], None] | None = None) -> Iterator[Path]:
+    """A folder to write into, whose content is at ``out`` only when everything went well.
+
+    Whatever ends the block otherwise, Ctrl-C or a full disk, leaves things as they were. A folder ``out`` that is there
+    and empty, which may be a mount point, is filled; one that is not empty is replaced by the new one as a whole.
+
+    Args:
+        out: in a folder that exists.
+        check: called with ``out`` before and after, to raise if it must not be touched; by default one that is not
+            empty must not.
+
+    Raises:
+        OSError: the folder cannot be written to, which shows at once.
+        FileExistsError: by default, ``out`` is there and no empty folder.
+    """
+    out, check = Path(out), check or _unused
+    check(out)
+    inside = out.is_dir() and not any(out.iterdir())
+    scratch = (out if inside else out.absolute().parent) / f".{out.name}-{secrets.token_hex(8)}"
+    try:
+        work, old = scratch / "new", scratch / "old"
+        scratch.mkdir()
+        work.mkdir()
+        yield work
+        if inside:
+            made = sorted(work.iterdir())
+            try:
+                for path in made:
+                    path.rename(out / path.name)
+            except BaseException:
+                for path in made:
+                    if (out / path.name).exists():
+                        (out / path.name).rename(path)
+                raise
+            return
+        check(out)  # it may have changed meanwhile
+        if out.exists():
+            out.rename(old)
+        try:
+            work.rename(out)
+        except OSError:
+            if old.exists():
+                old.rename(out)
+            raise
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def save_text(path: str | Path, text: str) -> Path:
+    """A text file, there whole or not at all; what was there before stays when the writing fails."""
+    path = Path(path)
+    if path.exists() and not path.is_file():  # /dev/stdout
+        path.write_text(text)
+        return path
+    number, scratch = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.absolute().parent)
+    try:
+        with open(number, "w") as file:
+            file.write(text)
+        Path(scratch).chmod(0o666 & ~_umask())
+        Path(scratch).replace(path)
+    finally:
+        Path(scratch).unlink(missing_ok=True)
+    return path
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def _unused(out: Path) -> None:
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise FileExistsError(f"{out} exists and is not an empty folder; give another name.")
 
 
 def save_masks(folder: str | Path, masks: Tensor) -> list[Path]:  # [T, H, W] bool
@@ -61,7 +143,7 @@ def save_tum(path: str | Path, poses: Tensor, timestamps: Sequence[float] | None
 
     Args:
         poses: camera to world ``[T, 4, 4]``.
-        timestamps: seconds; the frame's index if None.
+        timestamps: seconds, written to the microsecond; the frame's index if None.
 
     Raises:
         ValueError: poses or timestamps do not fit.
@@ -74,7 +156,7 @@ def save_tum(path: str | Path, poses: Tensor, timestamps: Sequence[float] | None
         raise ValueError(f"timestamps must hold one number a pose ({len(poses)}), got {len(times)}.")
     rows = np.column_stack((np.asarray(times, dtype=np.float64), poses[:, :3, 3], quaternions(poses[:, :3, :3])))
     path = Path(path)
-    np.savetxt(path, rows, fmt="%.9g")
+    np.savetxt(path, rows, fmt=["%.6f", *["%.9g"] * 7])  # of a Unix time, nine digits would leave seconds
     return path
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..integrations.table import AttentionRow, AttentionTable
+from .options import Keep, keeper
 
 
 def require_family(method: str, rows: Iterable[AttentionRow], *families: str) -> None:
@@ -157,16 +158,18 @@ class RecurrentMethod:
     Attributes:
         model: the model.
         renew_pose: see :func:`recurrent_steps`.
+        keep: what a run keeps of a prediction, see :func:`~gate4d.methods.options.keeper`.
     """
 
     renew_pose = False
 
-    def __init__(self, name: str, model: nn.Module, table: AttentionTable):
-        """Raises ValueError if the model is not of the family."""
+    def __init__(self, name: str, model: nn.Module, table: AttentionTable, keep: Keep = None):
+        """Raises ValueError if the model is not of the family, TypeError if ``keep`` is none."""
         require_family(name, table.select("state") or table, "cut3r")
         require_parts(name, model, RECURRENT_PARTS)
         self.model = model
         self.patch = patch_size(model, default=1)
+        self.keep = keeper(keep)
 
     def install(self) -> None:
         """Take the place of the model's rollout."""
@@ -197,11 +200,15 @@ class RecurrentMethod:
         return recurrent_views(frames, device=next(self.model.parameters()).device, patch=self.patch)
 
     def frame(self, prediction: Any, state: Tensor) -> Any:
-        """What a stream yields for a frame."""
+        """What a stream yields for a frame: its ``prediction`` and ``state``, and a score of its own."""
         raise NotImplementedError
 
-    def result(self, steps: list[Any]) -> Any:
-        """What a run returns for the frames of a stream."""
+    def result(self, predictions: list[Any], steps: list[Any], state: Tensor) -> Any:
+        """What a run returns, from what was kept of the predictions, :meth:`score` of all frames, the last state."""
+        raise NotImplementedError
+
+    def score(self, frame: Any) -> Any:
+        """What a run needs of a frame of a stream beside its prediction and its state: little."""
         raise NotImplementedError
 
     @torch.no_grad()
@@ -211,16 +218,23 @@ class RecurrentMethod:
             yield self.frame(prediction, state)
 
     def run(self, frames: Any) -> Any:
-        """The whole clip.
+        """The whole clip. What grows with it is what ``keep`` says, and the scores; one state is held at a time.
 
         Args:
             frames: images ``[T, 3, H, W]`` in [0, 1], sides multiples of the model's patch size, or an iterable of
                 images ``[3, H, W]``, ``[B, 3, H, W]`` or of CUT3R's view dicts. One frame is enough.
 
         Raises:
-            ValueError, TypeError: frames differ in size, are no images, or there are none.
+            ValueError, TypeError: frames differ in size, are no images, or there are none; or ``keep`` names what the
+                predictions lack.
         """
-        return self.result(list(self.stream(frames)))
+        predictions, scores, state = [], [], None
+        for frame in self.stream(frames):
+            predictions.append(self.keep(frame.prediction))
+            scores.append(self.score(frame))
+            state = frame.state
+            del frame  # else the last frame's prediction lives on while the next one is made
+        return self.result(predictions, scores, state)
 
 
 RECURRENT_PARTS = ("_forward_encoder", "_encode_views", "_forward_decoder_step", "_recurrent_rollout")

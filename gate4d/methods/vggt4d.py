@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Collection, Mapping
 from typing import Any, NamedTuple
 
@@ -13,6 +14,7 @@ from ..geometry import decode_pose, invert
 from ..integrations.table import AttentionTable
 from ..statistics.gram import RECIPES, GramRecipe, GramResult, GramSaliency
 from ..visibility import TokenLayout
+from .options import Layers, layer_indices, names_of
 from .refine import FORMS, refine_masks
 from .rollout import clip_images, require_family, require_parts
 from .segmentation import DynamicMasks, dynamic_masks, patch_masks
@@ -31,12 +33,14 @@ class Vggt4dResult(NamedTuple):
         saliency: the :class:`gate4d.GramResult` of the first pass, ``[1, T, patches]``.
         refined_masks: bool ``[T, H, W]``, the masks after :func:`~gate4d.methods.refine.refine_masks`, which the
             authors write out; None without refinement.
+        first_cameras: the first pass's values of the outputs that come from the second.
     """
 
     predictions: dict[str, Any]
     masks: DynamicMasks
     saliency: GramResult
     refined_masks: Tensor | None = None
+    first_cameras: dict[str, Any] | None = None
 
 
 class Vggt4d:
@@ -52,11 +56,14 @@ class Vggt4d:
     Args:
         recipe: of the saliency, ``"vggt4d"`` (needs 24 global blocks and clips of at least 4 frames) or a
             :class:`gate4d.GramRecipe`.
-        masked_layers: frame and global blocks whose dynamic keys are dropped.
+        masked_layers: frame and global blocks whose dynamic keys are dropped, see
+            :func:`~gate4d.methods.options.layer_indices`: ``"0-4"``, ``[0, 1]``, ...; ``"auto"`` are the first five, or
+            all of a model that has fewer; None for none.
         camera_outputs: keys of the predictions that come from the second pass.
         clusters, engine, seed: of the k-means.
         refine: ``"authors"`` or ``"paper"``, a form of :func:`~gate4d.methods.refine.refine_masks`; None for none;
-            ``"auto"``: the authors', but none for a model whose predictions lack what ``geometry`` reads.
+            ``"auto"``: the authors', but none for a model whose predictions lack what ``geometry`` reads. A refinement
+            that fails, for cameras that are not finite, say, is a warning, and there are no refined masks.
         refine_options: more arguments of ``refine_masks``; ``{"views": 50}`` bounds the time for long clips.
         geometry: reads depth, intrinsics and poses out of the predictions, see :func:`vggt_geometry`, the default.
     """
@@ -67,8 +74,8 @@ class Vggt4d:
         table: AttentionTable,
         *,
         recipe: str | GramRecipe = "vggt4d",
-        masked_layers: Collection[int] = range(5),
-        camera_outputs: Collection[str] = _CAMERA_OUTPUTS,
+        masked_layers: Layers = "auto",
+        camera_outputs: str | Collection[str] = _CAMERA_OUTPUTS,
         clusters: int = 64,
         engine: str = "auto",
         seed: int = 0,
@@ -94,8 +101,9 @@ class Vggt4d:
         self.refine, self.refine_options = refine, dict(refine_options or {})
         self.geometry = geometry or vggt_geometry
         self.model = model
-        self.masked_layers = tuple(masked_layers)
-        self.camera_outputs = tuple(camera_outputs)
+        both = self.rows["frame"].keys() & self.rows["global"].keys()
+        self.masked_layers = layer_indices("masked_layers", masked_layers, both, auto=range(5))
+        self.camera_outputs = names_of(camera_outputs)
         self.clustering = {"clusters": clusters, "engine": engine, "seed": seed}
 
     @torch.no_grad()
@@ -108,8 +116,8 @@ class Vggt4d:
 
         Raises:
             ValueError, TypeError: frames differ in size, do not divide into patches, or are too few for the recipe's
-                window; or the predictions lack what the refinement needs.
-            ImportError: an extra is missing; names it.
+                window; or the predictions lack what a refinement asked for by name needs.
+            ImportError: an extra that the masks need is missing; names it.
         """
         images = clip_images(frames, self.aggregator.patch_size, device=next(self.model.parameters()).device)
         if images.shape[-2] * images.shape[-1] == self.aggregator.patch_size**2:
@@ -118,13 +126,26 @@ class Vggt4d:
             )
         predictions, saliency, encoded = self._first(images)
         size = tuple(images.shape[-2:])
+        if self.refine in FORMS:  # asked for by name: what it needs must be there, which shows after the first pass
+            try:
+                self.geometry(predictions, predictions, size)
+            except (KeyError, ValueError) as e:
+                raise ValueError(f"refine={self.refine!r} needs depth and cameras among the predictions: {e}") from e
         grid = size[0] // self.aggregator.patch_size, size[1] // self.aggregator.patch_size
         masks = dynamic_masks(saliency.dyn[0], _patch_tokens(encoded), grid, size, **self.clustering)
         masked = self._second(images, patch_masks(masks.masks, grid), encoded)
         cameras = {name: masked[name] for name in self.camera_outputs if name in masked}
+        if self.camera_outputs and not cameras:
+            warnings.warn(
+                f"no camera comes from the second pass: the predictions have {sorted(masked)}, and camera_outputs "
+                f"names {list(self.camera_outputs)}.",
+                stacklevel=2,
+            )
         del masked, encoded
-        refined = self._refined(images[0], masks.masks, predictions, {**predictions, **cameras})
-        return Vggt4dResult({**predictions, **cameras}, masks, saliency, refined)
+        result = Vggt4dResult(
+            {**predictions, **cameras}, masks, saliency, first_cameras={name: predictions.get(name) for name in cameras}
+        )
+        return result._replace(refined_masks=self._refined(images[0], masks.masks, predictions, result.predictions))
 
     def _refined(
         self, images: Tensor, masks: Tensor, first: Mapping[str, Any], second: Mapping[str, Any]
@@ -133,12 +154,14 @@ class Vggt4d:
             return None
         try:
             scene = self.geometry(first, second, tuple(images.shape[-2:]))
-        except (KeyError, ValueError) as e:
-            if self.refine == "auto":
-                return None
-            raise ValueError(f"refine={self.refine!r} needs depth and cameras among the predictions: {e}") from e
+        except (KeyError, ValueError):  # only of "auto": a model without depth or cameras
+            return None
         form = "authors" if self.refine == "auto" else self.refine
-        return refine_masks(masks, images, *scene, form=form, **self.refine_options)
+        try:
+            return refine_masks(masks, images, *scene, form=form, **self.refine_options)
+        except (ValueError, RuntimeError, ImportError) as e:  # what both passes found is worth more than this step
+            warnings.warn(f"the masks were not refined: {e}", stacklevel=3)
+            return None
 
     def close(self) -> None:
         """Nothing outlives a run."""
@@ -170,12 +193,7 @@ class Vggt4d:
         special = torch.zeros((len(dynamic), self.aggregator.patch_start_idx), dtype=torch.bool, device=dynamic.device)
         dropped = torch.cat((special, dynamic), dim=1)
         gates = {"frame": MotionGate.drop_keys(dropped), "global": MotionGate.drop_keys(dropped.flatten()[None])}
-        controls = [
-            (self.rows[role][n].control, gate)
-            for role, gate in gates.items()
-            for n in self.masked_layers
-            if n in self.rows[role]
-        ]
+        controls = [(self.rows[role][n].control, gate) for role, gate in gates.items() for n in self.masked_layers]
         encoder = self.aggregator.patch_embed
         own = encoder.__dict__.get("forward")
         try:

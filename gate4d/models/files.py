@@ -43,29 +43,32 @@ def load(name_or_path: str | Path, device: torch.device | str = "cpu") -> nn.Mod
         ImportError: the package safetensors is missing; names the extra.
         WeightsError: the file is corrupt, or its tensors are not those of the model it names; says what was wanted.
     """
-    path = FOLDER / f"{name_or_path}.safetensors" if str(name_or_path) in MODELS else Path(name_or_path)
-    if not path.is_file():
-        wanted = f"one of {sorted(MODELS)} or a file of weights"
-        raise FileNotFoundError(f"name_or_path must be {wanted}, got {str(name_or_path)!r}: no file {path.name}.")
+    path = _path(name_or_path)
     tensors, about = read_safetensors(path)
     if about.get("model") not in MODELS:
         raise WeightsError(f"{path.name}: metadata must name a model of {sorted(MODELS)}, got {about.get('model')!r}.")
-    model = build(about["model"], **json.loads(about.get("arguments", "{}")))
-    wanted = {n: list(x.shape) for n, x in model.state_dict().items()}
+    arguments = _arguments(path.name, about.get("arguments", "{}"), tensors)
+    try:
+        with torch.device("meta"):  # shapes alone: what the metadata ask for is not made before it is known to fit
+            shapes = build(about["model"], **arguments).state_dict()
+    except Exception as e:  # whatever a constructor says of arguments that somebody wrote into a file
+        said = f"{type(e).__name__}: {e}"
+        raise WeightsError(f"{path.name}: metadata name arguments that make no {about['model']} model: {said}.") from e
+    wanted = {n: list(x.shape) for n, x in shapes.items()}
     found = {n: list(x.shape) for n, x in tensors.items()}
     wrong = [f"{n}: wanted {s}, got {found.get(n, 'nothing')}" for n, s in wanted.items() if found.get(n) != s]
     wrong += [f"{n}: wanted nothing, got {s}" for n, s in found.items() if n not in wanted]
     if wrong:
         rest = f"; and {len(wrong) - 3} more" if len(wrong) > 3 else ""
         raise WeightsError(f"{path.name} does not fit the model {about['model']!r}: {'; '.join(wrong[:3])}{rest}.")
+    model = build(about["model"], **arguments)
     model.load_state_dict(tensors)
     return model.to(device).eval()
 
 
 def metadata(name_or_path: str | Path) -> dict[str, str]:
     """What a file of weights says about its training; see :func:`load`."""
-    path = FOLDER / f"{name_or_path}.safetensors" if str(name_or_path) in MODELS else Path(name_or_path)
-    with _opened(path) as file:
+    with _opened(_path(name_or_path)) as file:
         return file.metadata() or {}
 
 
@@ -91,6 +94,40 @@ def read_safetensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str
     if bad:
         raise WeightsError(f"{path.name} is corrupt: {bad[0]} holds values that are not finite.")
     return tensors, about
+
+
+def _path(name_or_path: str | Path) -> Path:
+    path = FOLDER / f"{name_or_path}.safetensors" if str(name_or_path) in MODELS else Path(name_or_path)
+    if not path.is_file():
+        wanted = f"one of {sorted(MODELS)} or a file of weights"
+        raise FileNotFoundError(f"name_or_path must be {wanted}, got {str(name_or_path)!r}: no file {path.name}.")
+    return path
+
+
+def _arguments(file: str, text: str, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Of the model's constructor. Every size among them must show in the file: as that of a tensor, or as a number of
+    blocks of which each has tensors. So nobody waits for a model of 10**9 blocks to be built."""
+    try:
+        arguments = json.loads(text)
+    except (ValueError, RecursionError) as e:
+        raise WeightsError(
+            f"{file}: metadata must hold the model's arguments as JSON: {type(e).__name__}: {e}."
+        ) from None
+    if not isinstance(arguments, dict):
+        raise WeightsError(f"{file}: metadata must hold the model's arguments by name, got {type(arguments).__name__}.")
+    limit = max([len(tensors), *(n for x in tensors.values() for n in x.shape)])
+    open_values = list(arguments.items())
+    while open_values:
+        name, value = open_values.pop()
+        if isinstance(value, (list, tuple)):
+            open_values += [(name, x) for x in value]
+        elif isinstance(value, dict):
+            open_values += [(name, x) for x in value.values()]
+        elif isinstance(value, (int, float)) and not abs(value) <= limit:
+            raise WeightsError(
+                f"{file}: metadata ask for {name}={value}, and nothing in the file is larger than {limit}."
+            )
+    return arguments
 
 
 @contextmanager

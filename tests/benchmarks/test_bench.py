@@ -390,3 +390,39 @@ def test_the_document_shows_the_committed_results():
     files = sorted((root / "benchmarks" / "results").glob("cpu-*.json"))
     wanted = [documents.markdown(result_files.read(file)) for file in files] or ["Not measured yet.\n"]
     assert shown in wanted
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        (lambda b: b.update(cases=[1]), "cases must be a dict"),
+        (lambda b: b.update(date=3), "date must be a str, got 3"),
+        (lambda b: b.update(hardware=None), "hardware.processor must be a str"),
+        (lambda b: b.update(versions={}), "versions.gate4d must be a str, got None"),
+        (lambda b: b["cases"].update(x={"ratio": "fast"}), "the ratio of x must be a number > 0, got 'fast'"),
+        (lambda b: b["cases"].update(x=[]), "the ratio of x must be a number"),
+        (lambda b: b["cases"].update(x={"ratio": 0}), "the ratio of x must be a number > 0, got 0"),
+    ],
+)
+def test_a_baseline_with_wrong_types_is_refused_before_anything_is_measured(
+    change, match, tmp_path, monkeypatch, capsys
+):
+    from gate4d.benchmarks.suite import baseline
+
+    monkeypatch.setattr(baseline, "run_suite", lambda *_: pytest.fail("it was measured"))
+    stored = json.loads(baseline.STORED.read_text())
+    change(stored)
+    path = tmp_path / "baseline.json"
+    path.write_text(json.dumps(stored))
+    assert main(["bench", "suite", "--baseline", str(path)]) == 2
+    assert match in capsys.readouterr().err
+
+
+def test_results_nested_too_deeply_and_pipes_are_named(tmp_path, capsys):
+    deep = tmp_path / "deep.json"
+    deep.write_text("[" * 100_000)
+    os.mkfifo(tmp_path / "pipe")
+    for path, match in ((deep, "nested too deeply"), (tmp_path / "pipe", "it is no file")):
+        for command in (["bench", "--markdown"], ["eval", "--markdown"], ["bench", "suite", "--baseline"]):
+            assert main([*command, str(path)]) == 2
+            assert match in capsys.readouterr().err

@@ -1,5 +1,6 @@
 """Reading clips, and refusing what is none."""
 
+import os
 import sys
 import wave
 
@@ -169,3 +170,62 @@ def test_missing_extra_is_named(folder, monkeypatch, module, what):
 def test_bad_options(folder, option, value):
     with pytest.raises(ValueError, match=option):
         read_clip(folder, **{option: value})
+
+
+@pytest.mark.parametrize("kind", ["png", "tiff"])
+def test_16_bits_are_scaled(tmp_path, kind):
+    """Pillow alone turns every value above 255 into white."""
+    ramp = np.linspace(0, 65535, 28 * 28).round().astype(np.uint16).reshape(28, 28)
+    for i in range(2):
+        Image.fromarray(ramp).save(tmp_path / f"{i}.{kind}")
+    frames = read_clip(tmp_path, patch=14).frames
+    expected = np.rint(ramp / 257).astype(np.uint8)
+    assert torch.equal(frames, torch.from_numpy(expected)[None, ..., None].expand(2, -1, -1, 3))
+
+
+def test_32_bits_without_a_range_are_named(tmp_path):
+    for i in range(2):
+        Image.fromarray(np.full((28, 28), 0.5, np.float32)).save(tmp_path / f"{i}.tif")
+    with pytest.raises(ValueError, match=r"frame 0 cannot be read, .*no known range"):
+        read_clip(tmp_path)
+
+
+def test_times_of_a_video_and_of_images_named_by_them(video, tmp_path):
+    torch.testing.assert_close(read_clip(video).times, torch.arange(6).double() / 10)
+    torch.testing.assert_close(read_clip(video, stride=2).times, torch.tensor([0.0, 0.2, 0.4]).double())
+    for names, times in (
+        (
+            ["1341846313.592026", "1341846313.628014", "1341846313.7"],
+            [1341846313.592026, 1341846313.628014, 1341846313.7],
+        ),
+        (["1403636579763555584", "1403636579813555456"], [1403636579.763555584, 1403636579.813555456]),
+        (["frame1", "frame2"], None),
+        (["1", "2"], None),  # numbers of frames
+        (["1.5", "frame2"], None),
+    ):
+        folder = tmp_path / names[0]
+        folder.mkdir()
+        for i, name in enumerate(names):
+            Image.fromarray(picture(20 * i)).save(folder / f"{name}.png")
+        clip = read_clip(folder)
+        assert clip.frames[:, 0, -1, 1].tolist() == [20 * i for i in range(len(names))]
+        assert clip.times is None if times is None else clip.times.tolist() == times
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")
+def test_a_pipe_is_refused_and_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "0.png")
+    with pytest.raises(ValueError, match="is neither a file nor a folder"):
+        read_clip(tmp_path / "0.png")
+    with pytest.raises(ValueError, match=r"frame 0 cannot be read, .*it is not a file"):
+        read_clip(tmp_path)
+
+
+@pytest.mark.parametrize(("height", "width"), [(1, 1), (3, 40), (40, 3)])
+def test_frames_that_can_show_nothing_are_refused(tmp_path, height, width):
+    for i in range(2):
+        Image.fromarray(picture(99, height, width)).save(tmp_path / f"{i}.png")
+    with pytest.raises(ValueError, match=rf"frames must be at least 4 pixels .* is {width}x{height}"):
+        read_clip(tmp_path, patch=14)
+    with pytest.raises(ValueError, match=rf"is {width}x{height}"):
+        read_clip(tmp_path, patch=8)

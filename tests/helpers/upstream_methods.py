@@ -88,7 +88,7 @@ def easi3r():
     views = [{"img": x[None] * 2 - 1, "true_shape": shape, "idx": i, "instance": str(i)} for i, x in enumerate(images)]
 
     def theirs():
-        found = inference(make_pairs(views, "swin-5-noncyclic"), model, "cpu", batch_size=1, verbose=False)
+        found = inference(make_pairs(views, "swinstride-5-noncyclic"), model, "cpu", batch_size=1, verbose=False)
         pairs = [(int(i), int(j)) for i, j in zip(found["view1"]["idx"], found["view2"]["idx"], strict=True)]
         arguments = [found[name] for name in ("view1", "view2", "pred1", "pred2")]
         scene = BasePCOptimizer(*arguments, use_atten_mask=True, verbose=False)

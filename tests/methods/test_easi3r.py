@@ -1,6 +1,9 @@
 """Easi3R on the stand-in of DUSt3R: every map, the masks and the second pass, materialised in float64."""
 
+import importlib.util
+import os
 import types
+from pathlib import Path
 
 import pytest
 import torch
@@ -120,7 +123,7 @@ def test_against_everything_materialised(window):
     images, model, exact_model = clip(), build(), build(torch.float64)
     encoded = []
     hook = model.enc_norm.register_forward_hook(lambda _, args, out: encoded.append(len(out)))
-    with gate4d.patch(model, method="easi3r", pair_window=window, clusters=10) as handle:
+    with gate4d.patch(model, method="easi3r", pair_window=window, pair_stride=1, clusters=10) as handle:
         result = handle.run(images)
     hook.remove()
     assert sum(encoded) == len(images)  # the encoder saw every frame once
@@ -156,17 +159,17 @@ def test_batches_give_what_pairs_alone_give():
 @torch.no_grad()
 def test_switches_change_what_they_should_and_nothing_stays():
     model, images = build(), clip(5)
-    plain = model(*views(images, (0, 2)))
+    plain = model(*views(images, (0, 3)))
     options = {"clusters": 6}
     with gate4d.patch(model, method="easi3r", **options) as handle:
         usual, again = handle.run(images), handle.run(images[None])
         assert all(r.control.gate is None and not r.control.observers for r in handle.table)
         assert "_encode_symmetrized" not in model.__dict__
-        patched = model(*views(images, (0, 2)))
-    first = usual.first.predictions[usual.pairs.index((0, 2))]
+        patched = model(*views(images, (0, 3)))
+    first = usual.first.predictions[usual.pairs.index((0, 3))]
     for own, ours in zip(patched, first, strict=True):  # the first pass is the plain model
         assert all(torch.equal(own[key], ours[key]) for key in own)
-    for own, now in zip(plain, model(*views(images, (0, 2))), strict=True):
+    for own, now in zip(plain, model(*views(images, (0, 3))), strict=True):
         assert all(torch.equal(own[key], now[key]) for key in own)
     assert torch.equal(usual.masks.masks, again.masks.masks)
 
@@ -180,13 +183,16 @@ def test_switches_change_what_they_should_and_nothing_stays():
     coarse = run(clusters=2)
     assert same_maps(coarse, usual)
     assert coarse.masks.labels.unique().numel() == 2
-    assert len(run(pair_window=2).pairs) == 14
+    assert len(run(pair_window=2, pair_stride=1).pairs) == 14
+    assert len(run(pair_window=2).pairs) == 12
     own = run(features=lambda x: x.unfold(2, 16, 16).unfold(3, 16, 16).mean((-1, -2)).flatten(2).mT)
     assert same_maps(own, usual)
     assert not torch.equal(own.masks.labels, usual.masks.labels)
-    ring = run(pair_window=2, symmetric=False, cyclic=True)
+    ring = run(pair_window=2, pair_stride=1, symmetric=False, cyclic=True)
     assert ring.pairs == [(i, (i + n) % 5) for i in range(5) for n in (1, 2)]
-    assert sorted(run(pair_window=2, cyclic=True).pairs) == [(i, j) for i in range(5) for j in range(5) if i != j]
+    assert sorted(run(pair_window=2, pair_stride=1, cyclic=True).pairs) == [
+        (i, j) for i in range(5) for j in range(5) if i != j
+    ]
 
 
 @torch.no_grad()
@@ -267,6 +273,33 @@ def test_pairs():
     assert sorted(window_pairs(7, 3)) == by_definition(7, 3)
 
 
+def test_the_authors_pairs_are_the_default():
+    """``swinstride-5-noncyclic``, and a window of 4 past 95 frames, both orders of each."""
+    with gate4d.patch(build(), method="easi3r") as handle:
+        for frames in (4, 7, 11, 95, 96, 120):
+            window = 5 if frames <= 95 else 4
+            ahead = [(i, i + n) for i in range(frames) for n in (1, 3, 5, 7, 9)[:window] if i + n < frames]
+            pairs = handle.method.pairs(frames)
+            assert sorted(pairs) == sorted(ahead + [(j, i) for i, j in ahead])
+        assert handle.method.pairs(3) == window_pairs(3, 5)  # theirs leaves images in one pair, and no deviation
+    assert window_pairs(6, 2, stride=3, symmetric=False) == [(0, 1), (0, 4), (1, 2), (1, 5), (2, 3), (3, 4), (4, 5)]
+    with gate4d.patch(build(), method="easi3r", pair_window=2, pair_stride=3) as handle:
+        assert handle.method.pairs(6) == window_pairs(6, 2, stride=3)
+
+
+@pytest.mark.skipif("GATE4D_UPSTREAM_EASI3R" not in os.environ, reason="needs a checkout of Easi3R")
+def test_pairs_are_those_of_make_pairs():
+    path = Path(os.environ["GATE4D_UPSTREAM_EASI3R"]) / "dust3r" / "image_pairs.py"
+    spec = importlib.util.spec_from_file_location("image_pairs", path)
+    theirs = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(theirs)
+    with gate4d.patch(build(), method="easi3r") as handle:
+        for frames in range(4, 131):
+            graph = "swinstride-5-noncyclic" if frames <= 95 else "swinstride-4-noncyclic"
+            pairs = handle.method.pairs(frames)
+            assert sorted(pairs) == sorted(theirs.make_pairs(list(range(frames)), scene_graph=graph))
+
+
 def test_bad_input_is_named():
     for other in (vggt.Vggt(), croco.Cut3rSteps()):
         with pytest.raises(ValueError, match="needs a model of the family croco"):
@@ -276,6 +309,7 @@ def test_bad_input_is_named():
     model = build()
     for options, error, match in (
         ({"pair_window": 0}, ValueError, "pair_window"),
+        ({"pair_stride": 0}, ValueError, "pair_stride"),
         ({"batch": 1.5}, ValueError, "batch"),
         ({"symmetric": False}, ValueError, "cyclic=True"),
         ({"features": "encoder"}, TypeError, "features"),

@@ -10,7 +10,9 @@ from standins import croco, vggt
 from standins.common import live_bytes
 
 import gate4d
+from gate4d.data.procedural import evaluation_clips
 from gate4d.methods.rollout import recurrent_views
+from gate4d.models import load
 
 
 def clip(frames=3, batch=2):
@@ -28,7 +30,18 @@ def entries(model):
         yield "state", n, state.cross_attn
 
 
-def materialised(model, images, directions, layers, strength, cue):
+def outlying(x):
+    """Robust deviations above the third, by sorting."""
+    scores = []
+    for item in x:
+        n = (len(item) - 1) // 2
+        away = item - item.sort().values[n]
+        deviation = max(1.4826 * away.abs().sort().values[n], item.std(correction=0) / 2) + 1e-6
+        scores.append(torch.tanh((away / deviation - 3).clamp(min=0) / 2))
+    return torch.stack(scores)
+
+
+def materialised(model, images, directions, layers, strength, cue, normalise="standardised"):
     """Two rollouts a frame with all probabilities as matrices and the papers' additive bias on the logits."""
     control = {"maps": [], "motion": None}
 
@@ -63,7 +76,7 @@ def materialised(model, images, directions, layers, strength, cue):
             "entropy": lambda: -(p * p.log()).sum(-1).mean((0, 2)),
         }[cue]()[:, 1:]
         z = (raw - raw.mean(-1, keepdim=True)) / (raw.std(-1, correction=0, keepdim=True) + 1e-6)
-        scores.append(z.sigmoid())
+        scores.append(outlying(raw) if normalise == "outliers" else z.sigmoid())
         control["motion"] = torch.nn.functional.pad(scores[-1], (1, 0))
         return plain(*args, **kwargs)
 
@@ -79,21 +92,26 @@ def materialised(model, images, directions, layers, strength, cue):
 
 
 @pytest.mark.parametrize(
-    ("directions", "layers", "strength", "cue"),
+    ("directions", "layers", "strength", "cue", "normalise"),
     [
-        (("self", "state", "image"), range(7), 1.0, "logit_mean"),
-        (("self",), (0,), 1.0, "logit_mean"),
-        (("state",), (1,), 2.0, "received"),
-        (("image",), range(7), 0.5, "entropy"),
+        (("self", "state", "image"), (0, 1), 1.0, "logit_mean", "standardised"),
+        (("self",), (0,), 1.0, "logit_mean", "standardised"),
+        (("state",), (1,), 2.0, "received", "standardised"),
+        (("image",), (0, 1), 0.5, "entropy", "standardised"),
+        (("self", "state", "image"), (0, 1), 1.0, "logit_mean", "outliers"),
     ],
 )
 @torch.no_grad()
-def test_against_materialised_maps(directions, layers, strength, cue):
+def test_against_materialised_maps(directions, layers, strength, cue, normalise):
     model, images = croco.cut3r_steps(), clip()
-    args = directions, layers, strength, cue
+    if normalise == "outliers":  # a few patches of many that look different
+        images = [0.05 * torch.rand(2, 3, 96, 96) for _ in range(3)]
+        for x in images:
+            x[:, :, :16, 16:48] = (torch.rand(2, 3, 16, 32) > 0.5).float()
+    args = directions, layers, strength, cue, normalise
     exact = materialised(croco.cut3r_steps(torch.float64), [x.double() for x in images], *args)
     torch_says = materialised(model, images, *args)
-    options = dict(zip(("directions", "layers", "strength", "cue"), args, strict=True))
+    options = dict(zip(("directions", "layers", "strength", "cue", "normalise"), args, strict=True))
     with gate4d.patch(model, method="mut3r", **options) as handle:
         result = handle.run(images)
     ours = torch.stack([p["pts3d"] for p in result.predictions]), result.motion, result.state
@@ -109,7 +127,7 @@ def test_without_gates_it_is_the_model_and_undo_is_exact():
     plain = model(views(images))
     with gate4d.patch(model):
         patched = model(views(images))
-    for off in ({"directions": ()}, {"layers": ()}):
+    for off in ({"directions": None}, {"layers": None}):
         with gate4d.patch(model, method="mut3r", **off) as handle:
             result = handle.run(images)
             assert all(r.control.gate is None and not r.control.observers for r in handle.table)
@@ -135,15 +153,69 @@ def test_a_long_stream_holds_no_more_than_a_short_one():
     assert held[300] <= held[50]
 
 
+@pytest.mark.parametrize(("normalise", "score"), [("outliers", 0.0), ("standardised", 0.5)])
 @torch.no_grad()
-def test_one_flat_frame_is_neither_static_nor_dynamic():
+def test_one_flat_frame_has_one_score(normalise, score):
     model = croco.cut3r_steps()
     for p in model.dec_blocks[:].parameters():
         p.data.zero_()
-    with gate4d.patch(model, method="mut3r") as handle:
+    with gate4d.patch(model, method="mut3r", normalise=normalise) as handle:
         result = handle.run(torch.full((1, 3, 32, 48), 0.5))
-    assert torch.equal(result.motion, torch.full_like(result.motion, 0.5))
+    assert torch.equal(result.motion, torch.full_like(result.motion, score))
     assert torch.isfinite(result.predictions[0]["pts3d"]).all()
+
+
+@torch.no_grad()
+def test_a_static_clip_is_left_nearly_as_plain_cut3r_has_it():
+    """A rendered scene in which nothing moves, seen by a camera that does; the paper's form gates half of it."""
+    pytest.importorskip("safetensors")
+    model, *_, batch = load("recurrent"), *evaluation_clips(6, 64, 80, count=5)
+    assert not batch.motion.any()
+
+    def run(**options):
+        with gate4d.patch(model, method="mut3r", **options) as handle:
+            return handle.run(batch.images[0])
+
+    def away(result):
+        return {
+            name: max(
+                float((a[name] - b[name]).abs().max() / b[name].abs().max())
+                for a, b in zip(result.predictions, plain.predictions, strict=True)
+            )
+            for name in ("pose_enc", "depth")
+        }
+
+    plain = run(layers=None)
+    with gate4d.patch(model):
+        own = list(model.stream(batch.images))
+    assert all(torch.equal(a["depth"], b["depth"]) for a, b in zip(own, plain.predictions, strict=True))
+    default, paper = run(), run(normalise="standardised")
+    assert 0.4 < float((paper.motion > 0.5).float().mean()) < 0.6
+    assert float((default.motion > 0.5).float().mean()) < 0.01
+    got, relative = away(default), away(paper)
+    assert got["pose_enc"] < 1e-4  # measured over 24 frames: 3.6e-6, against 3.3e-3
+    assert got["depth"] < 2e-3  # 5.3e-4, against 7.9e-2
+    assert relative["pose_enc"] > 10 * got["pose_enc"]
+    assert relative["depth"] > 10 * got["depth"]
+
+
+@pytest.mark.parametrize(
+    ("layers", "gated"),
+    [("auto", [0, 1]), ("all", [0, 1]), ("0-1", [0, 1]), ("range(2)", [0, 1]), ("1", [1]), (1, [1]), ([0], [0]),
+     ("0,1", [0, 1]), ("[0, 1]", [0, 1]), (range(2), [0, 1]), (None, [])],
+)  # fmt: skip
+def test_layers_as_people_write_them(layers, gated):
+    with gate4d.patch(croco.cut3r_steps(), method="mut3r", layers=layers) as handle:
+        assert list(handle.method.layers) == gated
+        assert [len(controls) for controls in handle.method._gated.values()] == [len(gated)] * 3
+
+
+@pytest.mark.parametrize(
+    "layers", ["0-6", "range(7)", range(7), 2, "early", "", "1-0", (), "range(0)", 1.5, [0.5], True]
+)
+def test_layers_that_gate_nothing_or_are_not_there_are_refused(layers):
+    with pytest.raises(ValueError, match="layers must"):
+        gate4d.patch(croco.cut3r_steps(), method="mut3r", layers=layers)
 
 
 def test_bad_input_is_named():
@@ -153,6 +225,8 @@ def test_bad_input_is_named():
     for options, error, match in (
         ({"directions": "self"}, ValueError, "directions"),
         ({"directions": ("up",)}, ValueError, "directions"),
+        ({"directions": ()}, ValueError, "directions"),
+        ({"normalise": "paper"}, ValueError, "normalise"),
         ({"strength": -1}, ValueError, "strength"),
         ({"cue": "colour"}, ValueError, "cue"),
         ({"temperature": 0}, ValueError, "temperature"),

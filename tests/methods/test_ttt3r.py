@@ -7,19 +7,26 @@ import types
 import pytest
 import torch
 from helpers.accuracy import assert_accurate
-from standins import croco, vggt
+from standins import croco, factories, vggt
 from standins.common import live_bytes
 
 import gate4d
+from gate4d.data.procedural import evaluation_clips
+from gate4d.evaluation.metrics import camera_errors
+from gate4d.geometry import decode_pose, invert
 from gate4d.methods.rollout import recurrent_views
+from gate4d.models import load
 
 
 def clip(frames=5, batch=2):
     return [torch.rand(batch, 3, 32, 48) for _ in range(frames)]
 
 
-def materialised(model, images, reset_every=None):
-    """The rollout with the logits of every layer kept whole, and the update written out."""
+def materialised(model, images, reset_every=None, chain=True):
+    """The rollout with the logits of every layer kept whole, and the update written out.
+
+    With ``chain``, the frame before a reset is fed again after it, and that answer dropped.
+    """
     maps = []
 
     def keep(self, query, key, value, qpos, kpos):
@@ -35,17 +42,23 @@ def materialised(model, images, reset_every=None):
     feats = [model._forward_encoder([v]) for v in views]
     init, init_mem, state, state_pos, mem = feats[0][1]
     outputs, rates, fresh = [], [], True
-    for i, view in enumerate(views):
+    order = list(range(len(views)))
+    if reset_every is not None and chain:
+        order = [n for i in order for n in ([i - 1, i] if i and i % reset_every == 0 else [i])]
+    for step, i in enumerate(order):
+        view, again = views[i], step > 0 and order[step - 1] == i
         maps.clear()
         feat, pos, shape = (x[0] for x in feats[i][0])
         result, (new, mem) = model._forward_decoder_step(
             [view] * 2, 0 if fresh else 1, feat, pos, shape, init, init_mem, state, state_pos, mem
         )
         rate = torch.stack(maps).mean((0, 2, 4)).sigmoid()  # [L, B, H, S, M] -> [B, S]
-        rates.append(torch.ones_like(rate) if fresh else rate)
-        state = rates[-1][..., None] * new + (1 - rates[-1][..., None]) * state
-        outputs.append(result["pts3d"])
-        fresh = reset_every is not None and (i + 1) % reset_every == 0
+        rate = torch.ones_like(rate) if fresh else rate
+        state = rate[..., None] * new + (1 - rate[..., None]) * state
+        if not again:
+            rates.append(rate)
+            outputs.append(result["pts3d"])
+        fresh = reset_every is not None and (i + 1) % reset_every == 0 and not again
         if fresh:
             state, mem = init, init_mem
     for block in model.dec_blocks_state:
@@ -53,22 +66,115 @@ def materialised(model, images, reset_every=None):
     return torch.stack(outputs), torch.stack(rates), state
 
 
-@pytest.mark.parametrize("reset_every", [None, 2])
+@pytest.mark.parametrize(("reset_every", "chain"), [(None, True), (2, False), (2, True)])
 @torch.no_grad()
-def test_against_materialised_maps(reset_every):
+def test_against_materialised_maps(reset_every, chain):
     model, images = croco.cut3r_steps(), clip()
-    exact = materialised(croco.cut3r_steps(torch.float64), [x.double() for x in images], reset_every)
-    torch_says = materialised(model, images, reset_every)
-    with gate4d.patch(model, method="ttt3r", reset_every=reset_every) as handle:
+    exact = materialised(croco.cut3r_steps(torch.float64), [x.double() for x in images], reset_every, chain)
+    torch_says = materialised(model, images, reset_every, chain)
+    with gate4d.patch(model, method="ttt3r", reset_every=reset_every, chain=chain) as handle:
         result = handle.run(images)
     ours = torch.stack([p["pts3d"] for p in result.predictions]), result.rates, result.state
     for name, got, true, baseline in zip(("points", "rate", "state"), ours, exact, torch_says, strict=True):
         assert_accurate(name, got, true, baseline)
-    first = [t % reset_every == 0 if reset_every else t == 0 for t in range(len(images))]
+    first = [t % reset_every == 0 if reset_every and not chain else t == 0 for t in range(len(images))]
     assert bool((result.rates[first] == 1).all())
     rest = result.rates[[not f for f in first]]
     assert bool(((rest > 0) & (rest < 1)).all())
     assert float(rest.std()) > 1e-3  # the tokens do differ
+
+
+def world(encoding):
+    """Camera to world of CUT3R's 7 numbers, one item: by rotating the axes with ``q e q*``."""
+    *shift, real, x, y, z = encoding.double()
+    axis, pose = torch.stack((x, y, z)), torch.eye(4).double()
+    for column, e in enumerate(torch.eye(3).double()):
+        once = torch.linalg.cross(axis, e) + real * e
+        pose[:3, column] = e + 2 * torch.linalg.cross(axis, once)
+    pose[:3, 3] = torch.stack(shift)
+    return pose
+
+
+@torch.no_grad()
+def test_chunks_are_put_together_as_the_authors_do():
+    """Their demo: the frame before a reset comes again after it, and poses are multiplied by those before resets."""
+    model, every = factories.dense_cut3r(), 3
+    images = [torch.rand(1, 3, 32, 48) for _ in range(8)]
+    views = []
+    for n, view in enumerate(recurrent_views(images, device=torch.device("cpu"))):
+        resets = (n + 1) % every == 0
+        views.append({**view, "reset": torch.tensor([resets])})
+        views += [{**view, "reset": torch.tensor([False])}] if resets else []
+    with gate4d.patch(model, method="ttt3r") as handle:
+        theirs = handle.run(views).predictions
+    dropped = [n for n, view in enumerate(views) if n and bool(views[n - 1]["reset"])]
+    kept = [p for n, p in enumerate(theirs) if n not in dropped]
+    with gate4d.patch(model, method="ttt3r", reset_every=every) as handle:
+        frames = list(handle.method.stream(images))
+        ours = handle.run(images).predictions
+    assert len(kept) == len(ours) == len(frames) == len(images)
+    base = torch.eye(4).double()
+    for n, (frame, got, own) in enumerate(zip(frames, ours, kept, strict=True)):
+        assert (frame.base is None) == (n < every)
+        torch.testing.assert_close(world(got["camera_pose"][0]), base @ world(own["camera_pose"][0]), atol=1e-5, rtol=0)
+        points = own["pts3d_in_other_view"][0].double() @ base[:3, :3].T + base[:3, 3]
+        torch.testing.assert_close(got["pts3d_in_other_view"][0].double(), points, atol=1e-4, rtol=1e-4)
+        assert torch.equal(got["conf"], own["conf"])
+        if (n + 1) % every == 0:
+            base = base @ world(own["camera_pose"][0])
+    assert not torch.allclose(base, torch.eye(4).double(), atol=0.1)
+
+
+@torch.no_grad()
+def test_the_shipped_model_does_not_jump_at_a_reset():
+    pytest.importorskip("safetensors")
+    model, (batch,) = load("recurrent"), evaluation_clips(24, 64, 80, count=1)
+    true = batch.poses[0].double()
+    true[:, :3, 3] /= batch.depth[0, 0].mean()
+
+    def error(**options):
+        with gate4d.patch(model, method="ttt3r", **options) as handle:
+            found = torch.cat([p["pose_enc"][0] for p in handle.run(batch.images[0]).predictions])
+        return camera_errors(invert(decode_pose(found.double(), 64, 80)[0]).numpy(), true.numpy()).ate
+
+    plain, apart, chained = error(), error(reset_every=8, chain=False), error(reset_every=8)
+    assert apart > 3 * plain  # each chunk begins at the origin
+    assert chained < 1.3 * plain  # measured: 0.0047 without resets, 0.0242 apart, 0.0052 chained
+
+
+@torch.no_grad()
+def test_a_run_holds_one_state_and_what_it_is_told_to_keep():
+    model, held = factories.dense_cut3r(), {}
+    earlier = {id(x): x for x in gc.get_objects()}  # kept, so that no id is given away again
+
+    def frames(count):
+        for n in range(count):
+            if n in (10, count - 1):
+                held[n] = live_bytes(earlier)
+            yield torch.rand(1, 3, 32, 48)
+
+    with gate4d.patch(model, method="ttt3r", keep="camera_pose") as handle:
+        result = handle.run(frames(60))
+    assert [list(p) for p in result.predictions] == [["camera_pose"]] * 60
+    assert held[59] - held[10] <= 49 * (7 + result.rates.shape[-1]) * 4 * 2  # cameras and rates; a state is larger
+    assert result.state.nbytes > (7 + result.rates.shape[-1]) * 4 * 2
+    del result
+    with gate4d.patch(model, method="ttt3r") as handle:  # by default all predictions, but one state
+        result = handle.run(frames(60))
+    shape = result.state.shape
+    alive = [x for x in gc.get_objects() if type(x) is torch.Tensor and id(x) not in earlier and x.shape == shape]
+    assert len({x.data_ptr() for x in alive}) <= 2
+    assert all("pts3d_in_other_view" in p for p in result.predictions)
+    with gate4d.patch(model, method="ttt3r", keep=lambda p: float(p["conf"].mean())) as handle:
+        assert all(isinstance(p, float) for p in handle.run(frames(3)).predictions)
+    with (
+        gate4d.patch(model, method="ttt3r", keep=["camera"]) as handle,
+        pytest.raises(ValueError, match=r"keep must name entries .*'camera_pose'.* got \['camera'\]"),
+    ):
+        handle.run(frames(3))
+    for bad in (3, [], [1]):
+        with pytest.raises(TypeError, match="keep must be"):
+            gate4d.patch(model, method="ttt3r", keep=bad)
 
 
 @torch.no_grad()
@@ -141,6 +247,8 @@ def test_bad_input_is_named():
     for bad in (0, 2.5):
         with pytest.raises(ValueError, match="reset_every"):
             gate4d.patch(model, method="ttt3r", reset_every=bad)
+    with pytest.raises(ValueError, match="chain"):
+        gate4d.patch(model, method="ttt3r", chain="yes")
     with gate4d.patch(model, method="ttt3r") as handle:  # refused patches left nothing behind
         with pytest.raises(ValueError, match="frame 1 is"):
             handle.run([torch.rand(3, 32, 48), torch.rand(3, 32, 64)])

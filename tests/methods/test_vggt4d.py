@@ -10,6 +10,7 @@ from standins import croco, factories, vggt
 
 import gate4d
 from gate4d.methods.refine import refine_masks
+from gate4d.methods.results import collect
 from gate4d.methods.segmentation import patch_masks
 from gate4d.methods.vggt4d import vggt_geometry
 
@@ -164,7 +165,7 @@ def test_switches_change_what_they_should_and_nothing_stays():
         again = handle.run(images[None])
         unmasked = model(images[None])
         assert all(r.control.gate is None and not r.control.observers for r in handle.table)
-    with gate4d.patch(model, method="vggt4d", masked_layers=(), **options) as handle:
+    with gate4d.patch(model, method="vggt4d", masked_layers=None, **options) as handle:
         off = handle.run(images)
     with gate4d.patch(model, method="vggt4d", camera_outputs=(), **options) as handle:
         first_only = handle.run(images)
@@ -239,6 +240,43 @@ def test_refinement_of_other_predictions():
     assert torch.equal(result.refined_masks, refine_masks(result.masks.masks, images, *geometry, form="paper", views=2))
     with pytest.raises(ValueError, match="refine must be"):
         gate4d.patch(model, method="vggt4d", recipe=SHALLOW, refine="yes")
+
+
+@pytest.mark.parametrize("form", ["auto", "authors", "paper"])
+@torch.no_grad()
+def test_a_refinement_that_fails_is_a_warning(form):
+    """Random weights of a real VGGT have a field of view of 0: what both passes found is returned all the same."""
+    torch.manual_seed(0)
+    model, images = factories.DenseVggt(depth=2, dim=32, heads=2).eval(), clip(4)
+    model.register_forward_hook(lambda module, args, out: {**out, "pose_enc": out["pose_enc"] * mask})
+    mask = torch.tensor([1.0] * 7 + [0.0] * 2)
+    handle = gate4d.patch(model, method="vggt4d", recipe=SHALLOW, clusters=6, refine=form)
+    with handle, pytest.warns(UserWarning, match="not refined: intrinsics must be finite"):
+        result = handle.run(images)
+    assert result.refined_masks is None
+    assert result.masks.masks.shape == (4, *images.shape[-2:])
+    with pytest.warns(UserWarning, match="the points are left out"):
+        found = collect(result, tuple(images.shape[-2:]))
+    assert found.points is None
+    assert found.poses.isfinite().all()
+    assert torch.equal(found.masks, result.masks.masks)
+
+
+@torch.no_grad()
+def test_layers_and_camera_outputs_that_match_nothing():
+    model, options = build(depth=2), {"method": "vggt4d", "recipe": SHALLOW, "clusters": 6}
+    for layers, gated in (("auto", (0, 1)), ("0-1", (0, 1)), ("range(1)", (0,)), (1, (1,)), (None, ())):
+        with gate4d.patch(model, masked_layers=layers, **options) as handle:
+            assert handle.method.masked_layers == gated
+    for layers in ("0-4", range(5), (), "early"):
+        with pytest.raises(ValueError, match="masked_layers must"):
+            gate4d.patch(model, masked_layers=layers, **options)
+    with gate4d.patch(model, camera_outputs="pose", **options) as handle:
+        one = handle.run(clip(4))
+    assert set(one.first_cameras) == {"pose"}
+    handle = gate4d.patch(model, camera_outputs=["poses"], **options)
+    with handle, pytest.warns(UserWarning, match=r"no camera comes from the second pass.*\['poses'\]"):
+        handle.run(clip(4))
 
 
 class DictDino(vggt.Dino):

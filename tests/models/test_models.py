@@ -1,6 +1,8 @@
 """The models' structure, their three ways to run, the camera pass, geometry, and files of weights."""
 
 import json
+import os
+import time
 
 import pytest
 import safetensors.torch
@@ -329,6 +331,38 @@ def test_corrupt_and_foreign_weights_are_named(saved, tmp_path):
         load("nothing")
     with pytest.raises(ValueError, match="model must be one of"):
         build("nothing")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "match"),
+    [
+        (json.dumps({**TINY, "depth": 10**9}), "metadata ask for depth=1000000000, and nothing in the file is larger"),
+        (json.dumps({**TINY, "widths": [8, 10**12]}), "metadata ask for widths=1000000000000"),
+        (json.dumps({**TINY, "depth": float("inf")}), "metadata ask for depth=inf"),
+        (json.dumps({**TINY, "depth": "two"}), "arguments that make no alternating model: TypeError"),
+        (json.dumps({**TINY, "heads": 0}), "arguments that make no alternating model: "),
+        (json.dumps({**TINY, "dim": -16}), "arguments that make no alternating model: "),
+        (json.dumps({**TINY, "colour": 1}), "arguments that make no alternating model: TypeError.*colour"),
+        ("[" * 100_000, "arguments as JSON: RecursionError"),
+        ('{"dim": ', "arguments as JSON: JSONDecodeError"),
+        ("[1]", "arguments by name, got list"),
+    ],
+)
+def test_metadata_that_ask_for_what_the_file_does_not_hold(model, tmp_path, arguments, match):
+    path = tmp_path / "asks.safetensors"
+    save_weights(model, path, {"model": "alternating", "arguments": arguments})
+    begin = time.perf_counter()
+    with pytest.raises(WeightsError, match=match):
+        load(path)
+    assert time.perf_counter() - begin < 20
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")
+def test_a_pipe_of_weights_is_refused_and_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "pipe.safetensors")
+    for read in (load, metadata):
+        with pytest.raises(FileNotFoundError, match=r"no file pipe\.safetensors"):
+            read(tmp_path / "pipe.safetensors")
 
 
 def test_shipped_weights_load_and_are_small():

@@ -38,6 +38,26 @@ class StillVggt(DenseVggt):
         return {**out, "motion": out["motion"].clamp(max=-1.0)}
 
 
+class DenseSmall(DenseVggt):
+    """Built by its class alone."""
+
+    def __init__(self):
+        super().__init__(dim=32, heads=2)
+
+
+class FailingVggt(DenseSmall):
+    def forward(self, images):
+        return {"depth": 1 // 0}
+
+
+class BlindVggt(DenseVggt):
+    """Its fields of view are 0, as those of VGGT with random weights."""
+
+    def forward(self, images):
+        out = super().forward(images)
+        return {**out, "pose_enc": out["pose_enc"] * torch.tensor([1.0] * 7 + [0.0] * 2)}
+
+
 class DenseCut3r(croco.Cut3rSteps):
     """Points of every pixel in the world, their confidence and the camera, as CUT3R names them."""
 
@@ -70,6 +90,20 @@ def still_vggt():
 
 def deep_vggt():
     return _build(DenseVggt, depth=24, dim=32, heads=2)
+
+
+def loaded_vggt():
+    model = dense_vggt()
+    model.load_state_dict(model.state_dict())
+    return model
+
+
+def failing_vggt():
+    return _build(FailingVggt)
+
+
+def blind_vggt():
+    return _build(BlindVggt, depth=24, dim=32, heads=2)
 
 
 def dense_cut3r():

@@ -109,7 +109,7 @@ def render_clip(
         frame_rate: frames a second.
 
     Returns:
-        A clip with ``motion``, ``depth``, ``poses`` and ``intrinsics`` filled in.
+        A clip with ``motion``, ``depth``, ``poses``, ``intrinsics`` and ``times`` filled in.
 
     Raises:
         ValueError: a size, the seed or the frame rate is out of its range.
@@ -123,7 +123,8 @@ def render_clip(
     color, depth, motion = render(parts, height, width)
     rgb = (255 * color.clamp(0, 1).sqrt()).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous()
     name = f"rendered scene, seed {seed}"
-    return Clip(rgb, name, motion, depth, torch.from_numpy(poses), torch.from_numpy(intrinsics[0]))
+    times = torch.arange(frames, dtype=torch.float64) / frame_rate
+    return Clip(rgb, name, motion, depth, torch.from_numpy(poses), torch.from_numpy(intrinsics[0]), times)
 
 
 def render_scenes(
