@@ -184,7 +184,6 @@ def _peers(args: argparse.Namespace) -> int:
 
 
 def _suite(args: argparse.Namespace) -> int:
-    from gate4d.benchmarks.report import result_files
     from gate4d.benchmarks.suite import baseline
 
     tolerance = baseline.TOLERANCE if args.tolerance is None else args.tolerance
