@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import gate4d
+from gate4d.nn.control import observing
 from gate4d.statistics.logits import mean_logits
 
 from ..models import ModuleDecoder, StreamBlock, Vggt
@@ -137,11 +138,8 @@ def _recurrent(s: Setup) -> Variants:
     def ttt3r() -> Tensor:
         means.clear()
         controls = [sides[0]["cross"].control for sides in model.layers]
-        for c in controls:
-            c.observers.append(observe)
-        new = model(state, image, pos)[0]
-        for c in controls:
-            c.observers.remove(observe)
+        with observing((c, observe) for c in controls):
+            new = model(state, image, pos)[0]
         beta = torch.stack(means).mean(0).sigmoid().to(new.dtype)[..., None]
         return beta * new + (1 - beta) * state
 

@@ -20,6 +20,7 @@ from ..data.procedural import render_scenes
 from ..data.procedural.scene import random_scene
 from ..methods.segmentation import dynamic_masks, patch_masks
 from ..models import load
+from ..nn.control import observing
 from ..statistics.gram import GramMap, GramRecipe, GramSaliency, minmax
 from .metrics import mask_counts
 
@@ -41,14 +42,12 @@ def observed(model: nn.Module, clip: Batch, recipe: GramRecipe) -> tuple[dict[st
     controls = [block.attn.control for block in model.aggregator.global_blocks]
     features: list[Tensor] = []
     hook = model.aggregator.patch_embed.register_forward_hook(lambda module, args, out: features.append(out[0]))
+    watch = [(c, lambda q, k, scale, i=i: gram.observe(i, q, k)) for i, c in enumerate(controls)]
     try:
-        for i, control in enumerate(controls):
-            control.observers.append(lambda q, k, scale, i=i: gram.observe(i, q, k))
-        model(clip.images)
+        with observing(watch):
+            model(clip.images)
     finally:
         hook.remove()
-        for control in controls:
-            control.observers.pop()
     return {name: x[0] for name, x in gram.finalize().maps.items()}, features[0]
 
 

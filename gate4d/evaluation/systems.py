@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
@@ -13,11 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from ..data import Batch
-from ..gates import MotionGate
 from ..geometry import decode_pose, invert
 from ..handle import patch
 from ..methods.rollout import recurrent_steps, recurrent_views
-from ..methods.segmentation import patch_masks
+from ..nn.control import standing_in
 from ..statistics.gram import GramMap, GramRecipe
 from ..visibility import Visibility
 
@@ -99,14 +98,10 @@ def token_causal(model: nn.Module, images: Tensor) -> Iterator[None]:
     layout = model.aggregator.layout(images)
     tokens = torch.arange(1, layout.num_tokens + 1)
     visible = Visibility.intervals(torch.zeros_like(tokens), tokens)
-    blocks = model.aggregator.global_blocks
-    try:
-        for block in blocks:
-            block.__dict__["select"] = partial(_select, block, visible)
+    with ExitStack() as stack:
+        for block in model.aggregator.global_blocks:
+            stack.enter_context(standing_in(block, "select", partial(_select, block, visible)))
         yield
-    finally:
-        for block in blocks:
-            block.__dict__.pop("select", None)
 
 
 def _select(block: nn.Module, tokens: Visibility, x: Tensor, pos: Tensor, **call: Any) -> Tensor:
@@ -130,17 +125,8 @@ def early_masking(
         images: ``[1, T, 3, H, W]``.
         masks: bool ``[T, H, W]``; a patch is dynamic if any of its pixels is. Special tokens stay.
     """
-    side, (height, width) = model.aggregator.patch_size, images.shape[-2:]
-    dynamic = patch_masks(masks, (height // side, width // side))
-    special = torch.zeros((len(dynamic), model.aggregator.patch_start_idx), dtype=torch.bool, device=dynamic.device)
-    dropped = torch.cat((special, dynamic), dim=1)
-    gates = {"frame": MotionGate.drop_keys(dropped), "global": MotionGate.drop_keys(dropped.flatten()[None])}
-    with patch(model) as handle:
-        for role, gate in gates.items():
-            for row in handle.table.select(role):
-                if row.layer in layers:
-                    row.control.gate = gate
-        return model(images)
+    with patch(model, method="vggt4d", recipe=SHALLOW, masked_layers=layers, refine=None) as handle:
+        return handle.method.second_pass(images, masks)
 
 
 def _masked(model: nn.Module, clip: Batch, true: bool = False) -> Prediction:

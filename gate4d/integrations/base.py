@@ -17,8 +17,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ..nn.attention import AttentionControl, fused_heads, split_heads, split_qkv
+from ..nn.attention import fused_heads, split_heads, split_qkv
 from ..nn.cache import FrameKVCache, Slot
+from ..nn.control import AttentionControl
 from ..nn.norm_rope import fuses
 from ..nn.rope import RoPE2D
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ..gates import MotionGate
 from ..integrations.table import AttentionTable
+from ..nn.control import gating, observing, standing_in
 from ..statistics.pairs import PairMaps, PairSaliency
 from .rollout import clip_images, patch_size, require_family, require_parts
 from .segmentation import DynamicMasks, dynamic_masks, patch_masks
@@ -179,40 +180,34 @@ class Easi3r:
     ) -> Iterator[Any]:
         """What is kept of every pair, while ``saliency`` watches; ``dynamic`` tokens gate the view-1 decoder."""
         current: list[Pair] = []
-        added, shape = [], torch.tensor([images.shape[-2:]], device=images.device)
-        own = self.model.__dict__.get("_encode_symmetrized")
-        try:
-            for number, rows in self.rows.items():
-                for layer, row in rows.items():
-                    observer = _observer(saliency, number, layer, current)
-                    row.control.observers.append(observer)
-                    added.append((row.control, observer))
+        shape = torch.tensor([images.shape[-2:]], device=images.device)
+        observers = [
+            (row.control, _observer(saliency, number, layer, current))
+            for number, rows in self.rows.items()
+            for layer, row in rows.items()
+        ]
+        with observing(observers):
             for begin in range(0, len(pairs), self.batch):
                 current[:] = pairs[begin : begin + self.batch]
                 sides = [torch.tensor(side, device=images.device) for side in zip(*current, strict=True)]
                 shapes = shape.expand(len(current), 2)
                 known = tuple((*(x[side] for side in sides),) for x in (tokens, positions))
-                self.model.__dict__["_encode_symmetrized"] = lambda *views, known=known, s=shapes: ((s, s), *known)
+                gate = None
                 if dynamic is not None:
                     gate = MotionGate.static_to_dynamic(dynamic[sides[0]], dynamic[sides[1]], renormalize=False)
-                    for row in self.rows[1].values():
-                        row.control.gate = gate
                 views = [
                     {"img": images[side], "true_shape": shapes, "idx": side.tolist(), "instance": list(map(str, side))}
                     for side in sides
                 ]
-                results = self.model(*views)
+                with (
+                    standing_in(
+                        self.model, "_encode_symmetrized", lambda *views, known=known, s=shapes: ((s, s), *known)
+                    ),
+                    gating((row.control, gate) for row in self.rows[1].values()),
+                ):
+                    results = self.model(*views)
                 for item in range(len(current)):
                     yield self.keep(*(_item(result, item, len(current)) for result in results))
-        finally:
-            if own is None:
-                self.model.__dict__.pop("_encode_symmetrized", None)
-            else:
-                self.model.__dict__["_encode_symmetrized"] = own
-            for control, observer in added:
-                control.observers.remove(observer)
-            for row in self.rows[1].values():
-                row.control.gate = None
 
 
 def window_pairs(

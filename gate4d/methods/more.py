@@ -16,8 +16,8 @@ from torch.func import functional_call
 
 from ..integrations.base import Options
 from ..integrations.table import AttentionTable
-from ..nn.attention import AttentionControl
 from ..nn.cache import FrameKVCache
+from ..nn.control import AttentionControl
 from ..visibility import TokenLayout, Visibility
 from .rollout import require_family, require_parts, stream_images
 

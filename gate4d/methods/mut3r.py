@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ..gates import MotionGate
 from ..integrations.table import AttentionTable
+from ..nn.control import gating, observing
 from ..statistics.cues import CUES, raw_cue, standardised
 from .options import Keep, Layers, layer_indices
 from .rollout import RecurrentMethod
@@ -147,30 +148,17 @@ class Mut3r(RecurrentMethod):
     def rollout(self, call: Callable[[], Any], old: Tensor, init: Tensor) -> Any:
         """The model's rollout ``call()`` twice: watched, then gated."""
         self._cues.clear()
-        try:
-            for control in self._watched:
-                control.observers.append(self._observe)
+        with observing((control, self._observe) for control in self._watched):
             watched = call()
-        finally:
-            for control in self._watched:
-                if self._observe in control.observers:
-                    control.observers.remove(self._observe)
         if not self._cues:  # a copy of the model whose patch was removed
             return watched
         raw = torch.stack(self._cues).mean(0)[:, 1:]  # the first token is the pose's
         self._cues.clear()
         self.motion = NORMALISATIONS[self.normalise](raw if self.cue == "entropy" else -raw, self.temperature)
         scores = F.pad(self.motion, (1, 0))
-        try:
-            for direction, controls in self._gated.items():
-                gate = _DIRECTIONS[direction][1](scores, strength=self.strength)
-                for control in controls:
-                    control.gate = gate
+        gates = {d: _DIRECTIONS[d][1](scores, strength=self.strength) for d in self._gated}
+        with gating((control, gates[d]) for d, controls in self._gated.items() for control in controls):
             return call()
-        finally:
-            for controls in self._gated.values():
-                for control in controls:
-                    control.gate = None
 
     def _observe(self, q: Tensor, k: Tensor, scale: float) -> None:
         self._cues.append(raw_cue(q, k, self.cue, None, scale))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Collection, Mapping
+from contextlib import ExitStack
 from typing import Any, NamedTuple
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from ..gates import MotionGate
 from ..geometry import decode_pose, invert
 from ..integrations.table import AttentionTable
+from ..nn.control import gating, observing, standing_in
 from ..statistics.gram import RECIPES, GramRecipe, GramResult, GramSaliency
 from ..visibility import TokenLayout
 from .options import Layers, layer_indices, names_of
@@ -133,7 +135,7 @@ class Vggt4d:
                 raise ValueError(f"refine={self.refine!r} needs depth and cameras among the predictions: {e}") from e
         grid = size[0] // self.aggregator.patch_size, size[1] // self.aggregator.patch_size
         masks = dynamic_masks(saliency.dyn[0], _patch_tokens(encoded), grid, size, **self.clustering)
-        masked = self._second(images, patch_masks(masks.masks, grid), encoded)
+        masked = self.second_pass(images, masks.masks, encoded)
         cameras = {name: masked[name] for name in self.camera_outputs if name in masked}
         if self.camera_outputs and not cameras:
             warnings.warn(
@@ -172,42 +174,39 @@ class Vggt4d:
         gram = GramSaliency(self.recipe, layout=TokenLayout(frames, special + patches, special))
         encoded: list[Any] = []
         hook = self.aggregator.patch_embed.register_forward_hook(lambda module, args, out: encoded.append(out))
-        controls = {n: self.rows["global"][n].control for n in self.recipe.layers}
-        added = []
+        observers = [(self.rows["global"][n].control, _observer(gram, n)) for n in self.recipe.layers]
         try:
-            for layer, control in controls.items():
-                observer = _observer(gram, layer)
-                control.observers.append(observer)
-                added.append((control, observer))
-            predictions = self.model(images)
+            with observing(observers):
+                predictions = self.model(images)
         finally:
             hook.remove()
-            for control, observer in added:
-                control.observers.remove(observer)
         out = encoded[-1]
         # The encoder's dict also holds features before its norm and a class token, which nobody reads.
         encoded_once = {"x_norm_patchtokens": _patch_tokens(out)} if isinstance(out, dict) else out
         return predictions, gram.finalize(), encoded_once
 
-    def _second(self, images: Tensor, dynamic: Tensor, encoded: Any) -> dict[str, Any]:  # dynamic [T, P]
+    @torch.no_grad()
+    def second_pass(self, images: Tensor, masks: Tensor, encoded: Any = None) -> dict[str, Any]:
+        """The model while its first blocks see no key of a dynamic patch.
+
+        Args:
+            images: ``[1, T, 3, H, W]``.
+            masks: bool ``[T, H, W]``; a patch is dynamic if any of its pixels is. Special tokens stay.
+            encoded: what the patch encoder returned for the images; None lets it run.
+        """
+        side, (height, width) = self.aggregator.patch_size, images.shape[-2:]
+        dynamic = patch_masks(masks, (height // side, width // side))  # [T, P]
         special = torch.zeros((len(dynamic), self.aggregator.patch_start_idx), dtype=torch.bool, device=dynamic.device)
         dropped = torch.cat((special, dynamic), dim=1)
         gates = {"frame": MotionGate.drop_keys(dropped), "global": MotionGate.drop_keys(dropped.flatten()[None])}
         controls = [(self.rows[role][n].control, gate) for role, gate in gates.items() for n in self.masked_layers]
-        encoder = self.aggregator.patch_embed
-        own = encoder.__dict__.get("forward")
-        try:
-            for control, gate in controls:
-                control.gate = gate
-            encoder.__dict__["forward"] = lambda *args, **kwargs: encoded
+        with ExitStack() as stack:
+            stack.enter_context(gating(controls))
+            if encoded is not None:
+                stack.enter_context(
+                    standing_in(self.aggregator.patch_embed, "forward", lambda *args, **kwargs: encoded)
+                )
             return self.model(images)
-        finally:
-            if own is None:
-                del encoder.__dict__["forward"]
-            else:
-                encoder.__dict__["forward"] = own
-            for control, _ in controls:
-                control.gate = None
 
 
 def vggt_geometry(

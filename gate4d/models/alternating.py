@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from ..geometry import chained
 from ..nn import FrameKVCache, RoPE2D, SelfAttention
-from ..nn.attention import AttentionControl, split_qkv
+from ..nn.attention import split_qkv
+from ..nn.control import AttentionControl, control_of
 from ..visibility import TokenLayout, Visibility
 from .matching import Matching, remember
 
@@ -32,8 +33,7 @@ class Attention(SelfAttention):
     @property
     def active(self) -> AttentionControl:
         """Where gates and observers are set at present: this module's control, or that of a patch on it."""
-        patched = self.__dict__.get("forward")
-        return patched if isinstance(patched, AttentionControl) else self.control
+        return control_of(self)
 
     def project(self, x: Tensor, pos: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """``x [B, N, C]`` to q, k, v ``[B, H, N, D]`` after norm and RoPE."""

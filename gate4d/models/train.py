@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from ..data import procedural
 from ..geometry import normalised
 from ..methods.losses import ForcedAttention, MoreRecipe
+from ..nn.control import observing
 from ..terminal import progress
 from ..visibility import Visibility
 from .files import MODELS, WeightsError, build, read_safetensors, save_weights
@@ -161,13 +162,15 @@ class Watch:
         self.seen: dict[int, tuple[Tensor, Tensor]] = {}
 
     def __enter__(self) -> Watch:
-        for i, block in enumerate(self.blocks):
-            block.attn.control.observers.append(lambda q, k, scale, i=i: self.seen.__setitem__(i, (q, k)))
+        self._watching = observing(
+            (block.attn.control, lambda q, k, scale, i=i: self.seen.__setitem__(i, (q, k)))
+            for i, block in enumerate(self.blocks)
+        )
+        self._watching.__enter__()
         return self
 
     def __exit__(self, *exc_info: object) -> None:
-        for block in self.blocks:
-            block.attn.control.observers.pop()
+        self._watching.__exit__(*exc_info)
 
 
 def losses(
