@@ -76,8 +76,14 @@ class More:
     is known, so what it added to the camera token is kept from the stream (C numbers a block and frame, instead of a
     cache of its keys and values). The camera head then reads all of these tokens at once, each seeing all. The last
     frame's camera token comes out of the blocks as it was, since it had seen everything. With a window only the frames
-    still cached are looked at again; those that left keep their camera. No authors' code is public: this reading is
-    this project's.
+    still cached are looked at again; those that left keep their camera. That is this project's reading, for models
+    without a token of their own for it.
+
+    The authors' code (github.com/HellexF/MoRe) has one: an additional learned camera token a frame, behind the clip's
+    tokens. It sees all whole frames in the global blocks, and takes the place of its frame's camera token in a frame
+    block that runs a second time. A model with that token (``additional_camera_token``) gets this pass: after a stream
+    the cameras that its forward gives for the clip (``dup_pose_enc``). The frame blocks' inputs are kept for it,
+    ``blocks * P * C`` numbers a cached frame, and every cached frame runs through them once more.
 
     Args:
         window: frames that a query sees, its own included; None for all.
