@@ -1,0 +1,198 @@
+"""Whether a model's loops read more of its attention maps than their means: found out by running them.
+
+TTT3R's loops ask for all logits of the state's attention and take their mean over keys, which has a closed form. Forks
+of it kept every name and read other things: entropies, maxima, single tokens.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import itertools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from .base import PATCHING, PatchedAttention, detached_copy, place
+from .maps import ReturnsMaps, whole_map
+
+_FRAMES = 4  # the first is not gated, the gate of the last shows in nothing but the state
+_NOISE = 4.0  # beside logits of about one: whatever is read of single entries changes well above rounding
+
+
+class MapReaders:
+    """What the loops of one model read of its maps, and so what its attention modules return for them.
+
+    The loops are the methods that roll out over views. Copies of the model's structure, with its own parameters, run
+    each of them on a few small random views: one is given whole maps with noise of mean zero over the keys, the other
+    nothing but the means. If the queries of every attention, the outputs and what is kept in the modules agree, means
+    are enough.
+
+    What is read may depend on settings, such as TTT3R's ``config.model_update_type``: once a frame they are compared,
+    and after a change the loops are tried again.
+
+    Args:
+        owner: the module that has the loops and all of the attention.
+        attention: the modules that return maps by their names in the owner, and how each is replaced.
+
+    Attributes:
+        reason: None if means are enough, else why not.
+    """
+
+    def __init__(self, owner: nn.Module, attention: Mapping[str, Callable[[nn.Module], PatchedAttention]]):
+        self.owner = owner
+        self.attention = dict(attention)
+        self.loops = _loops(type(owner))
+        self.reason: str | None = None
+        self._settings: tuple | None = None
+        self._asked: set[int] = set()
+        self.check()
+
+    def __deepcopy__(self, memo: dict) -> MapReaders | None:
+        owner = memo.get(id(self.owner))
+        if owner is None:  # a part is copied without the loops: they are not known there
+            return None
+        twin = memo[id(self)] = copy.copy(self)
+        twin.owner, twin._asked = owner, set()
+        return twin
+
+    def map_of(self, attention: ReturnsMaps, q: Tensor, k: Tensor, mask: Tensor | None) -> Tensor:
+        """The map of ``attention``, or its mean where means are enough."""
+        if not torch.compiler.is_compiling():
+            if id(attention) in self._asked:  # a new frame
+                self.check()
+            self._asked.add(id(attention))
+        enough = self.reason is None and mask is None
+        return attention.mean(q, k) if enough else attention.whole(q, k, mask)
+
+    def check(self) -> None:
+        """Try the loops, unless nothing that may decide on what they read has changed since the last time."""
+        self._asked.clear()
+        settings = _settings(self.owner, self.loops)
+        if settings != self._settings:
+            with PATCHING:
+                self.reason, self._settings = self._trial(), settings
+
+    def _trial(self) -> str | None:
+        if not self.loops:
+            return f"{type(self.owner).__name__} has no loop over views: what reads them is not known"
+        if any(p.is_meta for p in self.owner.parameters()):
+            return "the parameters are on the meta device: no loop can be tried"
+        device, dtype = place(self.owner)
+        limit = 1e-4 if dtype in (torch.float32, torch.float64) else 4 * torch.finfo(dtype).eps
+        cuda = [device] if device.type == "cuda" else []
+        failed = None
+        with torch.random.fork_rng(cuda), torch.no_grad(), torch.autocast(device.type, enabled=False):
+            for name in self.loops:
+                try:
+                    noisy = self._run(name, _Probe(noisy=True))
+                    if noisy.asked and not _same(self._run(name, _Probe(noisy=False)).seen, noisy.seen, limit):
+                        return f"{name} reads more of them than their mean over keys"
+                except Exception as e:
+                    failed = failed or f"{name} could not be tried: {type(e).__name__}: {e}"
+        return failed
+
+    def _run(self, name: str, probe: _Probe) -> _Probe:
+        twin = detached_copy(self.owner, share=True)
+        for path, replace in self.attention.items():
+            module = twin.get_submodule(path)
+            control = replace(module)
+            control.reader = probe
+            control.observers.append(probe.observe)
+            module.__dict__[control.attribute] = control
+        torch.manual_seed(0)
+        result = getattr(twin, name)(**_arguments(twin, name))
+        kept = [[v for n, v in vars(m).items() if n not in ("_modules", "_parameters")] for m in twin.modules()]
+        probe.seen += [x for x in tree_leaves((result, kept)) if isinstance(x, (Tensor, np.ndarray, float))]
+        return probe
+
+
+class _Probe:
+    """In place of a :class:`MapReaders` while loops are tried: gives noisy maps or means, and sees the queries."""
+
+    def __init__(self, noisy: bool):
+        self.noisy = noisy
+        self.asked = 0
+        self.seen: list[Any] = []
+
+    def observe(self, q: Tensor, k: Tensor, scale: float) -> None:
+        self.seen.append(q)
+
+    def map_of(self, attention: ReturnsMaps, q: Tensor, k: Tensor, mask: Tensor | None) -> Tensor:
+        self.asked += 1
+        if not self.noisy and mask is None:
+            return attention.mean(q, k)
+        logits = whole_map(q, k, attention.scale, mask)
+        if mask is None:
+            noise = torch.randn(logits.shape, generator=torch.Generator().manual_seed(self.asked), device="cpu")
+            logits += _NOISE * (noise - noise.mean(-1, keepdim=True)).to(logits.device, logits.dtype)
+        return logits
+
+
+def _loops(cls: type[nn.Module]) -> tuple[str, ...]:
+    """Names of the methods that call the rollout which returns the maps; without one, of those that take views."""
+    functions: dict[str, Any] = {}
+    for base in itertools.takewhile(lambda c: c is not nn.Module, cls.__mro__):
+        functions = {n: f for n, f in vars(base).items() if inspect.isfunction(f)} | functions
+    if "_recurrent_rollout" in functions:
+        return tuple(n for n, f in functions.items() if "_recurrent_rollout" in f.__code__.co_names)
+    return tuple(n for n, f in functions.items() if {"view", "views"} & set(inspect.signature(f).parameters))
+
+
+def _settings(owner: nn.Module, loops: tuple[str, ...]) -> tuple:
+    """Plain values in the model and in its configuration, and its loops: what may decide on what is read."""
+    config = vars(owner).get("config", {})
+    config = config if isinstance(config, Mapping) else getattr(config, "__dict__", {})
+    plain = (bool, int, float, str, tuple, type(None))
+    values = [(n, v) for source in (vars(owner), config) for n, v in source.items() if isinstance(v, plain)]
+    return *values, *(getattr(getattr(owner, name), "__func__", None) for name in loops)
+
+
+def _arguments(model: nn.Module, name: str) -> dict[str, Any]:
+    """What a loop is called with: small random views, and what CUT3R's steps take beside them."""
+    parameters = inspect.signature(getattr(model, name)).parameters.values()
+    required = [p.name for p in parameters if p.default is p.empty or p.name == "device"]  # upstream's is "cuda"
+    device, dtype = place(model)
+    views = [_view(model, number, device, dtype) for number in range(_FRAMES)]
+    known: dict[str, Any] = {"views": views, "device": device, "i": 1}
+    known["view"] = {**views[1], "ray_mask": ~views[1]["ray_mask"], "ray_map": torch.zeros_like(views[1]["ray_map"])}
+    if not set(required) <= known.keys():
+        shape, feat, pos = model._encode_views(views)
+        state, state_pos = model._init_state(feat[-1][0], pos[0])
+        mem = model.pose_retriever.mem.expand(len(state), -1, -1)
+        known |= {"feat_i": feat[-1][1], "pos_i": pos[1], "shape_i": shape[1], "state_feat": state, "mem": mem}
+        known |= {"state_pos": state_pos, "init_state_feat": state.clone(), "init_mem": mem.clone()}
+    if missing := [n for n in required if n not in known]:
+        raise TypeError(f"it takes {', '.join(missing)}, unknown here")
+    return {n: known[n] for n in required}
+
+
+def _view(model: nn.Module, number: int, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
+    embedding = next((m for m in model.modules() if isinstance(m, nn.Conv2d) and m.in_channels == 3), None)
+    side = 16 if embedding is None else embedding.stride[0]
+    height, width = 4 * side, 6 * side
+    image = torch.rand((1, 3, height, width), generator=torch.Generator().manual_seed(number), device="cpu")
+    yes = torch.ones(1, dtype=torch.bool, device=device)
+    return {
+        "img": (2 * image - 1).to(device, dtype), "true_shape": torch.tensor([[height, width]], device=device),
+        "ray_map": torch.full((1, height, width, 6), torch.nan, device=device, dtype=dtype), "idx": number,
+        "camera_pose": torch.eye(4, device=device)[None], "instance": str(number), "img_mask": yes, "ray_mask": ~yes,
+        "update": yes, "reset": ~yes,
+    }  # fmt: skip
+
+
+def _same(got: list[Any], expected: list[Any], limit: float) -> bool:
+    if len(got) != len(expected):
+        return False
+    for pair in zip(got, expected, strict=True):
+        a, b = (torch.as_tensor(x) for x in pair)
+        if a.shape != b.shape or a.dtype != b.dtype:
+            return False
+        a, b = a.double().nan_to_num(), b.double().nan_to_num()
+        if a.numel() and not float((a - b).abs().max()) <= limit * float(b.abs().max()):
+            return False
+    return True
