@@ -12,8 +12,8 @@ from torch import nn
 
 # Functions that compute attention, by the names that the libraries give them.
 _ATTENTION = re.compile(
-    r"scaled_dot_product_attention|memory_efficient_attention|flex_attention|flash_attn\w*_func|_?flash_attention_forward"
-    r"|sageattn\w*|varlen_attn"
+    r"scaled_dot_product_attention|memory_efficient_attention|flex_attention|flash_attn\w*_func|sageattn\w*"
+    r"|varlen_attn"
 )
 _SOFTMAX = {"softmax", "log_softmax"}
 _PRODUCTS = {"matmul", "bmm", "baddbmm", "einsum"}

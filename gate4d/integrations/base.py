@@ -263,12 +263,12 @@ def examine(adapter: type[PatchedAttention], module: nn.Module) -> tuple[Traits,
     if any(p.is_meta for p in module.parameters()):
         return Traits(rope=_adopt_rope(module)), None
     try:
-        twin = detached_copy(module)
+        twin = detached_copy(module, share=True)
     except Exception as e:
         return Traits(), f"it cannot be copied for a trial run: {type(e).__name__}: {e}"
     with torch.no_grad(), torch.autocast(place(module)[0].type, enabled=False):
         # Each side starts from a copy of its own: the calls of one may change what is kept in the module.
-        return _run_both(adapter, twin, lambda: detached_copy(module))
+        return _run_both(adapter, twin, lambda: detached_copy(module, share=True))
 
 
 def _run_both(
@@ -324,8 +324,8 @@ def _difference(adapter, got: list[Tensor], expected: list[Tensor], dtype: torch
 def detached_copy(module: nn.Module, *, share: bool = False) -> nn.Module:
     """A copy in eval mode without hooks or replaced methods, so that what is done with it leaves no trace.
 
-    The module itself is only read, so that it can run in another thread meanwhile. Hooks are left out before the copy is
-    made, not after: a hook that is a method of a model would be copied with all of that model.
+    The module itself is only read, so that it can run in another thread meanwhile. Hooks are left out before the copy
+    is made, not after: a hook that is a method of a model would be copied with all of that model.
 
     Args:
         share: whether the copy has the parameters of the module instead of copies of them.
