@@ -21,7 +21,14 @@ from .base import PATCHING, PatchedAttention, detached_copy, place
 from .maps import ReturnsMaps, whole_map
 
 _FRAMES = 3  # the first is not gated, the gate of the second shows in the third
+_TRIALS = 12  # at most, of one model
+_PLAIN = (bool, int, float, str, type(None))
 _STATE = 12  # tokens of state and of pose memory
+_STARRED = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+_KNOWN = (  # what loops and steps are called with
+    "views", "view", "device", "i", "feat_i", "pos_i", "shape_i", "state_feat", "state_pos", "init_state_feat", "mem",
+    "init_mem",
+)  # fmt: skip
 _NOISE = 4.0  # beside logits of about one: whatever is read of single entries changes well above rounding
 
 
@@ -29,8 +36,8 @@ class MapReaders:
     """What the loops of one model read of its maps, and so what its attention modules return for them.
 
     The loops are the methods that roll out over views. Copies of the model's structure, with its own parameters, run
-    each of them on a few small random views: one is given whole maps with noise of mean zero over the keys, the other
-    nothing but the means. If the queries of every attention, the outputs and what is kept in the modules agree, means
+    each of them on a few small random views: one is given maps that are noise around the means, the other nothing but
+    the means. If the queries of every attention, the outputs and what is kept in the modules agree, means
     are enough.
 
     What is read may depend on settings, such as TTT3R's ``config.model_update_type``: once a frame they are compared,
@@ -49,7 +56,9 @@ class MapReaders:
         self.attention = dict(attention)
         self.loops = _loops(type(owner))
         self.reason: str | None = None
-        self._settings: tuple | None = None
+        self._settings: list | None = None
+        self._state: set[str] = set()  # attributes that the loops themselves change: no settings
+        self._trials = 0
         self._asked: set[int] = set()
         self.check()
 
@@ -73,10 +82,24 @@ class MapReaders:
     def check(self) -> None:
         """Try the loops, unless nothing that may decide on what they read has changed since the last time."""
         self._asked.clear()
-        settings = _settings(self.owner, self.loops)
-        if settings != self._settings:
+        if self._settings != self._current():
+            self._trials += 1
+            if self._trials > _TRIALS:  # whole maps are right whatever is read
+                self.reason, self._settings = "settings of the model change again and again", None
+                return
             with PATCHING:
-                self.reason, self._settings = self._trial(), settings
+                self.reason = self._trial()
+            self._settings = self._current()
+
+    def _current(self) -> list | None:
+        """Plain values in the model and in its configuration, and its loops: what may decide on what is read."""
+        if self._trials > _TRIALS:
+            return None
+        config = vars(self.owner).get("config", {})
+        config = config if isinstance(config, Mapping) else getattr(config, "__dict__", {})
+        values = [(n, v) for source in (_plain(self.owner, self._state), config) for n, v in source.items()]
+        values = [(n, v) for n, v in values if isinstance(v, _PLAIN)]
+        return values + [getattr(getattr(self.owner, name), "__func__", None) for name in self.loops]
 
     def _trial(self) -> str | None:
         if not self.loops:
@@ -84,7 +107,7 @@ class MapReaders:
         if any(p.is_meta for p in self.owner.parameters()):
             return "the parameters are on the meta device: no loop can be tried"
         device, dtype = place(self.owner)
-        limit = 1e-4 if dtype in (torch.float32, torch.float64) else 4 * torch.finfo(dtype).eps
+        limit = 2e-5 if dtype in (torch.float32, torch.float64) else 4 * torch.finfo(dtype).eps
         cuda = [device] if device.type == "cuda" else []
         failed = None
         with torch.random.fork_rng(cuda), torch.no_grad(), torch.autocast(device.type, enabled=False):
@@ -113,7 +136,10 @@ class MapReaders:
             control.observers.append(probe.observe)
             module.__dict__[control.attribute] = control
         torch.manual_seed(0)
+        before = _plain(twin, set())
         result = getattr(twin, name)(**_arguments(twin, name))
+        after = _plain(twin, set())
+        self._state |= {n for n in before.keys() | after.keys() if before.get(n, probe) != after.get(n, probe)}
         kept = [[v for n, v in vars(m).items() if n not in ("_modules", "_parameters")] for m in twin.modules()]
         probe.seen += [x for x in tree_leaves((result, kept)) if isinstance(x, (Tensor, np.ndarray, float))]
         return probe
@@ -132,13 +158,15 @@ class _Probe:
 
     def map_of(self, attention: ReturnsMaps, q: Tensor, k: Tensor, mask: Tensor | None) -> Tensor:
         self.asked += 1
-        if not self.noisy and mask is None:
-            return attention.mean(q, k)
-        logits = whole_map(q, k, attention.scale, mask)
-        if mask is None:
-            noise = torch.randn(logits.shape, generator=torch.Generator().manual_seed(self.asked), device="cpu")
-            logits += _NOISE * (noise - noise.mean(-1, keepdim=True)).to(logits.device, logits.dtype)
-        return logits
+        if mask is not None:
+            return whole_map(q, k, attention.scale, mask)
+        mean = attention.mean(q, k)
+        if not self.noisy:
+            return mean
+        generator = torch.Generator().manual_seed(self.asked)
+        noise = torch.randn((*q.shape[:3], k.shape[2]), generator=generator, device="cpu")
+        # Made of the very mean that the other run is given: they differ by the rounding of the noise alone.
+        return mean + _NOISE * (noise - noise.mean(-1, keepdim=True)).to(mean.device, mean.dtype)
 
 
 def _lighten(model: nn.Module) -> None:
@@ -158,28 +186,42 @@ def _lighten(model: nn.Module) -> None:
 
 
 def _loops(cls: type[nn.Module]) -> tuple[str, ...]:
-    """Names of the methods that call the rollout which returns the maps; without one, of those that take views."""
+    """Names of the methods that call the rollout which returns the maps; without one, of those that take views.
+
+    A private step whose arguments are not known stands for the methods that call it.
+    """
     functions: dict[str, Any] = {}
     for base in itertools.takewhile(lambda c: c is not nn.Module, cls.__mro__):
         functions = {n: f for n, f in vars(base).items() if inspect.isfunction(f)} | functions
-    if "_recurrent_rollout" in functions:
-        return tuple(n for n, f in functions.items() if "_recurrent_rollout" in f.__code__.co_names)
-    return tuple(n for n, f in functions.items() if {"view", "views"} & set(inspect.signature(f).parameters))
+    if "_recurrent_rollout" not in functions:
+        return tuple(n for n, f in functions.items() if {"view", "views"} & set(inspect.signature(f).parameters))
+    found: list[str] = []
+    todo = ["_recurrent_rollout"]
+    for name in todo:
+        callers = [n for n, f in functions.items() if name in f.__code__.co_names and n not in todo]
+        step = name.startswith("_") and not set(_required(functions[name])) <= {*_KNOWN, "self"}
+        if step and callers:
+            todo += callers
+        else:
+            found.append(name)
+    return tuple(found)
 
 
-def _settings(owner: nn.Module, loops: tuple[str, ...]) -> tuple:
-    """Plain values in the model and in its configuration, and its loops: what may decide on what is read."""
-    config = vars(owner).get("config", {})
-    config = config if isinstance(config, Mapping) else getattr(config, "__dict__", {})
-    plain = (bool, int, float, str, tuple, type(None))
-    values = [(n, v) for source in (vars(owner), config) for n, v in source.items() if isinstance(v, plain)]
-    return *values, *(getattr(getattr(owner, name), "__func__", None) for name in loops)
+def _required(function: Any) -> list[str]:
+    """What a loop has to be called with; the device always, because upstream's default is another one."""
+    parameters = inspect.signature(function).parameters.values()
+    return [p.name for p in parameters if p.name == "device" or (p.default is p.empty and p.kind not in _STARRED)]
+
+
+def _plain(model: nn.Module, but: set[str]) -> dict[str, Any]:
+    return {n: v for n, v in vars(model).items() if isinstance(v, _PLAIN) and n not in but}
 
 
 def _arguments(model: nn.Module, name: str) -> dict[str, Any]:
     """What a loop is called with: small random views, and what CUT3R's steps take beside them."""
-    parameters = inspect.signature(getattr(model, name)).parameters.values()
-    required = [p.name for p in parameters if p.default is p.empty or p.name == "device"]  # upstream's is "cuda"
+    required = _required(getattr(model, name))
+    if missing := [n for n in required if n not in _KNOWN]:
+        raise TypeError(f"it takes {', '.join(missing)}, unknown here")
     device, dtype = place(model)
     views = [_view(model, number, device, dtype) for number in range(_FRAMES)]
     known: dict[str, Any] = {"views": views, "device": device, "i": 1}
@@ -190,8 +232,6 @@ def _arguments(model: nn.Module, name: str) -> dict[str, Any]:
         mem = model.pose_retriever.mem.expand(len(state), -1, -1)
         known |= {"feat_i": feat[-1][1], "pos_i": pos[1], "shape_i": shape[1], "state_feat": state, "mem": mem}
         known |= {"state_pos": state_pos, "init_state_feat": state.clone(), "init_mem": mem.clone()}
-    if missing := [n for n in required if n not in known]:
-        raise TypeError(f"it takes {', '.join(missing)}, unknown here")
     return {n: known[n] for n in required}
 
 
@@ -217,6 +257,7 @@ def _same(got: list[Any], expected: list[Any], limit: float) -> bool:
         if a.shape != b.shape or a.dtype != b.dtype:
             return False
         a, b = a.double().nan_to_num(), b.double().nan_to_num()
-        if a.numel() and not float((a - b).abs().max()) <= limit * float(b.abs().max()):
+        size = float(b.abs().max()) if b.numel() > 1 else 1.0  # one number, such as a mean, may cancel to nothing
+        if a.numel() and not float((a - b).abs().max()) <= limit * size:
             return False
     return True
