@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .checks import check_gate, check_qkv, check_visible, score_for
@@ -17,6 +18,7 @@ from .visibility import Visibility
 
 ROW_STATS = ("entropy", "max_prob", "sum_sq")
 _NO_GATE = MotionGate()
+_SDPA = torch._C._nn.scaled_dot_product_attention
 
 
 class AttentionAux(NamedTuple):
@@ -73,6 +75,7 @@ def gated_attention(
     Raises:
         ValueError, TypeError: an argument does not fit; the message names it.
         NotImplementedError: the backend asked for cannot serve the call; lists every backend's reasons.
+        RuntimeError: inside torch.distributed's ``context_parallel``, see :func:`refuse_context_parallel`.
     """
     g, request, call = _prepare(q, k, v, gate, visible, scale, row_stats, return_aux)
     out, lse, stats = select(backend, request).run(call)
@@ -115,6 +118,8 @@ def _prepare(
     row_stats: Sequence[str], return_aux: bool,
 ) -> tuple[MotionGate, Request, Call]:  # fmt: skip
     """Everything checked and normalised: the gate, what an implementation must know, and what it is called with."""
+    if F.scaled_dot_product_attention is not _SDPA:
+        refuse_context_parallel()
     batch, queries, keys, head_dim, value_dim = check_qkv(q, k, v)
     device = q.device
     if device.type != "meta" and torch.is_autocast_enabled(device.type):
@@ -157,6 +162,20 @@ def _prepare(
         row_stats=bool(row_stats),
     )
     return g, request, call
+
+
+def refuse_context_parallel() -> None:
+    """RuntimeError while torch.distributed's context parallel is active.
+
+    It splits q, k and v along the tokens and replaces ``F.scaled_dot_product_attention`` by one that exchanges keys
+    between ranks. Attention beside it would see the keys of its own rank only.
+    """
+    module = getattr(F.scaled_dot_product_attention, "__module__", None) or ""
+    if F.scaled_dot_product_attention is not _SDPA and module.startswith("torch.distributed."):
+        raise RuntimeError(
+            "torch.distributed's context_parallel is active: q, k and v are one rank's part of the tokens, and "
+            "gate4d's attention does not exchange keys between ranks. Leave the context, or unpatch the model in it."
+        )
 
 
 def _kind(gate: MotionGate) -> str:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from dataclasses import fields
 from typing import Any, Protocol
 
 from torch import nn
 
-from .integrations.base import Options, PatchedAttention
+from .functional import refuse_context_parallel
+from .integrations.base import PATCHING, Options, PatchedAttention
+from .integrations.maps import ReturnsMaps
 from .integrations.table import PARTS, AttentionTable, inspect
 
 
@@ -63,8 +66,19 @@ class Handle:
     def __enter__(self) -> Handle:
         return self
 
-    def __exit__(self, *exc_info: object) -> None:
+    def __exit__(self, failed: type[BaseException] | None, *exc_info: object) -> None:
+        if failed is None:
+            self._warn_of_idle_gates()
         self.remove()
+
+    def _warn_of_idle_gates(self) -> None:
+        idle = [row.name for row in self.table.uncalled if row.control.is_set]
+        if idle:
+            warnings.warn(
+                f"gate4d.patch: a gate, visibility, cache or observer on {', '.join(idle)} did nothing: the model ran "
+                "and never called these modules, it goes around their forward.",
+                stacklevel=3,
+            )
 
     def remove(self) -> None:
         """Restore the model; does nothing the second time.
@@ -72,12 +86,12 @@ class Handle:
         Raises:
             RuntimeError: somebody replaced a patched method since; nothing is restored.
         """
-        lost = [(o, n) for o, n, new in self._replaced if o.__dict__.get(n) not in (new, None)]
-        if lost:
-            what = ", ".join(sorted({f"{n} of {type(o).__name__}" for o, n in lost}))
-            raise RuntimeError(f"somebody replaced {what} after the patch: undo that first, nothing was restored.")
-        for owner, name, _ in self._replaced:
-            owner.__dict__.pop(name, None)
+        with PATCHING:
+            lost = [(o, n) for o, n, new in self._replaced if o.__dict__.get(n) not in (new, None)]
+            if lost:
+                what = ", ".join(sorted({f"{n} of {type(o).__name__}" for o, n in lost}))
+                raise RuntimeError(f"somebody replaced {what} after the patch: undo that first, nothing was restored.")
+            _take_back(self._replaced)
         if self.method is not None:
             self.method, method = None, self.method
             method.close()
@@ -114,7 +128,10 @@ def patch(model: nn.Module, method: str | None = None, **options: Any) -> Handle
         TypeError: an option is unknown.
         ValueError: the method is unknown, an option is out of range or has no effect on this model, or the model does
             not fit; the message lists what was found.
-        RuntimeError: the model is patched already.
+        RuntimeError: the model is patched already, or torch.distributed's context parallel is active.
+
+    Warns:
+        UserWarning: modules of an unknown kind attend, and stay as they are; the table lists them.
     """
     factory = None if method is None else _method(method)
     names = {f.name for f in fields(Options)} - set(getattr(factory, "takes", ()))
@@ -122,6 +139,12 @@ def patch(model: nn.Module, method: str | None = None, **options: Any) -> Handle
     rest = {n: v for n, v in options.items() if n not in names}
     if rest and factory is None:
         raise TypeError(f"unknown options {sorted(rest)}; without a method there are {sorted(names)}.")
+    with PATCHING:
+        return _install(model, own, factory, rest)
+
+
+def _install(model: nn.Module, own: Options, factory: Callable[..., Method] | None, rest: dict[str, Any]) -> Handle:
+    refuse_context_parallel()
     table = inspect(model)
     if _patched(model):
         raise RuntimeError("the model is patched already: use handle.remove() or gate4d.unpatch(model) first.")
@@ -134,23 +157,40 @@ def patch(model: nn.Module, method: str | None = None, **options: Any) -> Handle
             f"positions), found {list(table.families)}; STream3R's session has a window of its own, mode='window'."
         )
     new = [(row.module, row.adapter.attribute, row.adapter(row.module, row.traits, own)) for row in table.rows]
+    for _, _, replacement in new:
+        if isinstance(replacement, ReturnsMaps):
+            replacement.reader = table.reader
     new += [(owner, part.attribute, part(owner)) for owner, part in table.parts]
-    for owner, attribute, replacement in new:
-        owner.__dict__[attribute] = replacement
-    handle = Handle(model, table, new)
-    if factory is not None:
-        try:
+    try:
+        for owner, attribute, replacement in new:
+            owner.__dict__[attribute] = replacement
+        handle = Handle(model, table, new)
+        if factory is not None:
             handle.method = factory(model, table, **rest)
-        except BaseException:
-            unpatch(model)
-            raise
+    except BaseException:
+        _take_back(new)
+        raise
+    if table.unpatched:
+        warnings.warn(
+            f"gate4d.patch: {len(table.unpatched)} modules attend in a way that is not known and stay as they are, no "
+            f"gate reaches them: {'; '.join(table.unpatched[:4])}{'; ...' if len(table.unpatched) > 4 else ''}. "
+            "The outputs do not change; print(handle.table) lists all of them.",
+            stacklevel=4,
+        )
     return handle
 
 
 def unpatch(model: nn.Module) -> None:
     """Restores a patched model, also one that was copied or unpickled and so has no handle."""
-    for owner, name in _patched(model):
-        del owner.__dict__[name]
+    with PATCHING:
+        for owner, name in _patched(model):
+            owner.__dict__.pop(name, None)
+
+
+def _take_back(replaced: list[tuple[nn.Module, str, Any]]) -> None:
+    for owner, name, new in replaced:
+        if owner.__dict__.get(name) is new:
+            del owner.__dict__[name]
 
 
 def _patched(model: nn.Module) -> list[tuple[nn.Module, str]]:

@@ -9,12 +9,15 @@ from __future__ import annotations
 
 import copy
 import inspect
+import itertools
+import threading
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..nn.attention import fused_heads, split_heads, split_qkv
@@ -22,10 +25,15 @@ from ..nn.cache import FrameKVCache, Slot
 from ..nn.control import AttentionControl
 from ..nn.norm_rope import fuses
 from ..nn.rope import RoPE2D
+from ..visibility import Visibility
+from .masks import recognise
 
 SELF_PARTS = ("qkv", "proj")
 CROSS_PARTS = ("projq", "projk", "projv", "proj")
+# Held while modules are looked at and replaced: one thread at a time, so that each sees a model patched or not patched.
+PATCHING = threading.RLock()
 _IDENTITY = nn.Identity()
+_LEFT_OUT = object()
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
@@ -167,6 +175,32 @@ class PatchedAttention(AttentionControl):
             k = k if kpos is None else rope(k, kpos)
         return q.to(dtype), k.to(dtype)
 
+    def masked(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | Visibility | None) -> Tensor:
+        """Attention under the model's own mask, heads concatenated: ``[B, Nq, H * Dv]``."""
+        if isinstance(mask, Tensor):
+            visible = recognise(mask, q.shape[2], k.shape[2])
+            if visible is None:
+                return self.dense(q, k, v, mask, scale=self.scale).transpose(1, 2).flatten(2)
+            mask = visible
+        return self.attend(q, k, v, scale=self.scale, visible=mask)
+
+    def dense(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, **call: Any) -> Tensor:
+        """torch's own attention ``[B, H, Nq, Dv]``, for what is no visibility; observers see q and k all the same.
+
+        Raises:
+            ValueError: a gate, a visibility or a cache is set here, which it could not take into account.
+        """
+        if self.gate is not None or self.visible is not None or self.cache is not None:
+            raise ValueError(
+                "the model's own mask, dropout or causality is no interval of keys: "
+                "it cannot be combined with a gate, a visibility or a cache."
+            )
+        scale = call.get("scale")
+        for observe in self.observers:
+            observe(q, k, q.shape[-1] ** -0.5 if scale is None else scale)
+        self.tokens = (q.shape[2], k.shape[2])
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, **call)
+
     def output(self, x: Tensor) -> Tensor:
         """``[B, Nq, C]`` through proj and proj_drop."""
         x = self.module.proj(x)
@@ -185,17 +219,17 @@ class Sample:
     frames, tokens = 2, 6
 
     def __init__(self, module: nn.Module):
-        reference = next(module.parameters())
+        device, dtype = place(module)
         generator = torch.Generator().manual_seed(0)
         dim = next(m.in_features for m in (getattr(module, n, None) for n in ("qkv", "projq")) if m is not None)
 
         def draw(*shape: int) -> Tensor:
-            return torch.randn(shape, generator=generator, device="cpu").to(reference.device, reference.dtype)
+            return torch.randn(shape, generator=generator, device="cpu").to(device, dtype)
 
         self.x, self.y = draw(2, self.frames * self.tokens, dim), draw(2, self.frames * self.tokens + 1, dim)
         self.head_dim = dim // module.num_heads
         frame = torch.cartesian_prod(torch.arange(3), torch.arange(2))
-        self.pos = frame.repeat(2, self.frames, 1).to(reference.device)  # [2, frames * tokens, 2]
+        self.pos = frame.repeat(2, self.frames, 1).to(device)  # [2, frames * tokens, 2]
         self.pos_y = torch.cat((torch.zeros_like(self.pos[:, :1]), self.pos + 1), dim=1)
         self.has_rope = getattr(module, "rope", None) is not None
 
@@ -215,8 +249,18 @@ def method_parameters(module: nn.Module, attribute: str) -> tuple[str, ...] | No
         return None
 
 
+def place(module: nn.Module) -> tuple[torch.device, torch.dtype]:
+    """Device and dtype of what a module computes with: of its first floating-point parameter or buffer.
+
+    A dynamically quantised module may have neither; it takes and gives fp32 on the CPU.
+    """
+    tensors = itertools.chain(module.parameters(), module.buffers())
+    first = next((x for x in tensors if x.is_floating_point()), None)
+    return (torch.device("cpu"), torch.float32) if first is None else (first.device, first.dtype)
+
+
 def examine(adapter: type[PatchedAttention], module: nn.Module) -> tuple[Traits, str | None]:
-    """Exercise a copy of the module and its replacement side by side.
+    """Exercise a copy of the module and the replacement of another copy side by side.
 
     Returns:
         The traits found, and None or the reason why the replacement does not compute the same.
@@ -224,14 +268,17 @@ def examine(adapter: type[PatchedAttention], module: nn.Module) -> tuple[Traits,
     if any(p.is_meta for p in module.parameters()):
         return Traits(rope=_adopt_rope(module)), None
     try:
-        twin = _detached_copy(module)
+        twin = detached_copy(module, share=True)
     except Exception as e:
         return Traits(), f"it cannot be copied for a trial run: {type(e).__name__}: {e}"
-    with torch.no_grad(), torch.autocast(next(twin.parameters()).device.type, enabled=False):
-        return _run_both(adapter, twin)
+    with torch.no_grad(), torch.autocast(place(module)[0].type, enabled=False):
+        # Each side starts from a copy of its own: the calls of one may change what is kept in the module.
+        return _run_both(adapter, twin, lambda: detached_copy(module, share=True))
 
 
-def _run_both(adapter: type[PatchedAttention], twin: nn.Module) -> tuple[Traits, str | None]:
+def _run_both(
+    adapter: type[PatchedAttention], twin: nn.Module, another: Callable[[], nn.Module]
+) -> tuple[Traits, str | None]:
     sample = Sample(twin)
     original = getattr(type(twin), adapter.attribute).__get__(twin)
     seen: list[torch.dtype] = []
@@ -247,12 +294,21 @@ def _run_both(adapter: type[PatchedAttention], twin: nn.Module) -> tuple[Traits,
         if hook is not None:
             hook.remove()
     dtype = sample.x.dtype
-    traits = Traits(_adopt_rope(twin), seen[0] if seen and seen[0] != dtype else None)
-    try:
-        got = adapter.exercise(adapter(twin, traits), sample)
-    except Exception as e:
-        return traits, f"its replacement as {adapter.family} fails: {type(e).__name__}: {e}"
-    return traits, _difference(adapter, got, expected, dtype)
+    rotated = seen[0] if seen and seen[0] != dtype else None
+    traits, reason = Traits(), None
+    for rope in dict.fromkeys((_adopt_rope(twin), None)):  # the module's own where ours rounds in another way
+        traits = Traits(rope, rotated)
+        replacement = adapter(another(), traits)
+        try:
+            got = adapter.exercise(replacement, sample)
+        except Exception as e:
+            return traits, f"its replacement as {adapter.family} fails: {type(e).__name__}: {e}"
+        if replacement.tokens is None:
+            return traits, f"as {adapter.family} it does not call scaled_dot_product_attention"
+        reason = _difference(adapter, got, expected, dtype)
+        if reason is None:
+            break
+    return traits, reason
 
 
 def _difference(adapter, got: list[Tensor], expected: list[Tensor], dtype: torch.dtype) -> str | None:
@@ -263,28 +319,33 @@ def _difference(adapter, got: list[Tensor], expected: list[Tensor], dtype: torch
             return f"as {adapter.family} it would return {list(a.shape)}, but returns {list(b.shape)}"
         if not bool(torch.isfinite(b).all()):
             continue  # parameters not filled yet, such as VGGT-Omega's bias masks before a checkpoint is loaded
-        error = float((a.float() - b.float()).abs().max() / b.float().abs().max().clamp(min=1e-30))
+        size = float(b.float().abs().max())
+        error = float((a.float() - b.float()).abs().max()) / (size or 1.0)  # of zeros: absolute
         if not error <= limit:
             return f"it has the names of {adapter.family} but computes something else (relative difference {error:.1e})"
     return None
 
 
-def _detached_copy(module: nn.Module) -> nn.Module:
-    """A copy in eval mode without hooks or replaced methods, so that an exercise leaves no trace.
+def detached_copy(module: nn.Module, *, share: bool = False) -> nn.Module:
+    """A copy in eval mode without hooks or replaced methods, so that what is done with it leaves no trace.
 
-    Hooks are set aside before, not after: a hook that is a method of a model would be copied with all of that model.
+    The module itself is only read, so that it can run in another thread meanwhile. Hooks are left out before the copy
+    is made, not after: a hook that is a method of a model would be copied with all of that model.
+
+    Args:
+        share: whether the copy has the parameters of the module instead of copies of them.
     """
-    kept = [(m, dict(m.__dict__)) for m in module.modules()]
-    try:
-        for m, attributes in kept:
-            m.__dict__.update({name: OrderedDict() for name in _HOOKS})
-            for name, value in attributes.items():
-                if isinstance(value, PatchedAttention):
-                    del m.__dict__[name]
-        return copy.deepcopy(module).eval()
-    finally:
-        for m, attributes in kept:
-            m.__dict__.update(attributes)
+    memo: dict[int, Any] = {}
+    for m in module.modules():
+        memo |= {id(m.__dict__[name]): OrderedDict() for name in _HOOKS if name in m.__dict__}
+        memo |= {id(value): _LEFT_OUT for value in m.__dict__.values() if isinstance(value, PatchedAttention)}
+    if share:
+        memo |= {id(p): p for p in module.parameters()}
+    twin = copy.deepcopy(module, memo)
+    for m in twin.modules():
+        for name in [n for n, value in m.__dict__.items() if value is _LEFT_OUT or isinstance(value, PatchedAttention)]:
+            del m.__dict__[name]
+    return twin.eval()
 
 
 def _adopt_rope(module: nn.Module) -> RoPE2D | None:
@@ -295,7 +356,7 @@ def _adopt_rope(module: nn.Module) -> RoPE2D | None:
         return None
     if isinstance(rope, RoPE2D):
         return rope
-    device = next(module.parameters()).device
+    device = place(module)[0]
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randn((1, 1, 40, 16), generator=generator, device="cpu").to(device)
     positions = torch.arange(40, device=device)[None, :, None].expand(1, 40, 2).clone()

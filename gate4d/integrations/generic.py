@@ -36,8 +36,11 @@ class InterceptedSelf(PatchedAttention):
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         with _Intercept(self) as mode:
             result = type(self.module).forward(self.module, *args, **kwargs)
-        if mode.calls == 0:
-            raise RuntimeError(f"{type(self.module).__name__} did not call scaled_dot_product_attention.")
+        if mode.calls == 0 and (self.gate is not None or self.visible is not None or self.cache is not None):
+            raise RuntimeError(
+                f"{type(self.module).__name__} took a path that does not call scaled_dot_product_attention, so that "
+                "what is set on it (gate, visible or cache) had no effect: unset it, or keep the module on that path."
+            )
         return result
 
     @staticmethod
@@ -100,9 +103,6 @@ class _Intercept(TorchFunctionMode):
     def replace(self, query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False):
         visible = None if attn_mask is None else recognise(attn_mask, query.shape[2], key.shape[2])
         if is_causal or enable_gqa or dropout_p > 0 or (attn_mask is not None and visible is None):
-            if self.control.gate is not None or self.control.visible is not None:
-                raise ValueError("a gate cannot be combined with the dropout, causality or mask of this attention.")
-            return F.scaled_dot_product_attention(
-                query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
-            )
+            more = {"dropout_p": dropout_p, "is_causal": is_causal, "scale": scale, "enable_gqa": enable_gqa}
+            return self.control.dense(query, key, value, attn_mask, **more)
         return self.control.attention(query, key, value, scale=scale, visible=visible)

@@ -16,19 +16,21 @@ def recognise(mask: Tensor, queries: int, keys: int) -> Visibility | None:
 
     Args:
         mask: bool (True = visible) or additive (0, and ``-inf`` or the smallest number of its dtype),
-            ``[Nq, Nk]`` or with leading axes of size 1.
+            ``[Nq, Nk]``, or of axes that broadcast to it. One with several batch items or heads is not recognised.
 
     Raises:
         ValueError: the mask does not have the size of this attention, as with a wrong number of frames.
     """
-    if mask.shape[-2:] != (queries, keys):
+    if mask.dim() < 2:
+        mask = mask.expand(1, *(mask.shape or (1,)))
+    if any(size not in (1, wanted) for size, wanted in zip(mask.shape[-2:], (queries, keys), strict=True)):
         raise ValueError(
             f"attn_mask must have shape [{queries}, {keys}] (queries, keys), got {list(mask.shape)}: "
             "it describes another number of frames or tokens."
         )
-    if mask.numel() != queries * keys or not queries or not keys:
+    if mask.shape[:-2].numel() != 1 or not queries or not keys:
         return None
-    mask = mask.reshape(queries, keys)
+    mask = mask.reshape(mask.shape[-2:]).expand(queries, keys)
     frame = int(_visible(mask[:1]).sum())
     if not frame or queries % frame:
         return None

@@ -13,13 +13,11 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..nn.cache import FrameKVCache
 from ..visibility import TokenLayout, Visibility
 from .base import PatchedAttention, Sample
-from .masks import recognise
 
 
 class StreamCache(FrameKVCache):
@@ -31,7 +29,8 @@ class StreamCache(FrameKVCache):
 class CachedTensor:
     """Stands for the keys or the values of a cache where upstream code expects a tensor.
 
-    Upstream reads the shape, slices and concatenates; the latter two make a tensor of what is asked for.
+    Shape, dtype and device are known without it; everything else that a tensor has (methods, operators, functions of
+    torch) makes one tensor of what is held and goes to that.
 
     Args:
         cache: the cache.
@@ -59,11 +58,21 @@ class CachedTensor:
     def device(self) -> torch.device:
         return self.cache.pages()[0][self.part].device
 
-    def size(self, dim: int | None = None) -> torch.Size | int:
-        return self.shape if dim is None else self.shape[dim]
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__") or not hasattr(Tensor, name):
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        if name.endswith("_"):
+            raise AttributeError(f"{name} would change a copy of what the cache holds: use clone() and change that.")
+        if name in _KNOWN_OF_SHAPE:
+            page = self.cache.pages()[0][self.part]
+            return getattr(page.new_empty(()).expand(self.shape), name)
+        return getattr(self.as_upstream(), name)
 
-    def dim(self) -> int:
-        return len(self.shape)
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __bool__(self) -> bool:
+        return bool(self.as_upstream())
 
     def tensor(self) -> Tensor:
         """The keys or values held, oldest slot first, as one new tensor.
@@ -102,20 +111,34 @@ class CachedTensor:
         return func(*real(args), **{k: real(v) for k, v in (kwargs or {}).items()})
 
 
+# What a tensor knows without its values.
+_KNOWN_OF_SHAPE = (
+    "dim", "element_size", "is_complex", "is_cpu", "is_cuda", "is_floating_point", "is_meta", "itemsize", "layout",
+    "ndim", "ndimension", "nelement", "numel", "requires_grad", "size",
+)  # fmt: skip
+
+
+def _operator(name: str) -> Callable[..., Any]:
+    def call(self: CachedTensor, *args: Any) -> Any:
+        others = (x.as_upstream() if isinstance(x, CachedTensor) else x for x in args)
+        return getattr(self.as_upstream(), name)(*others)
+
+    return call
+
+
+# Operators are looked up in the class.
+for _name in (
+    "abs", "add", "and", "array", "eq", "float", "floordiv", "ge", "gt", "int", "invert", "iter", "le", "lt", "matmul",
+    "mod", "mul", "ne", "neg", "or", "pow", "radd", "rmatmul", "rmul", "rpow", "rsub", "rtruediv", "sub", "truediv",
+):  # fmt: skip
+    setattr(CachedTensor, f"__{_name}__", _operator(f"__{_name}__"))
+CachedTensor.__hash__ = object.__hash__  # type: ignore[method-assign]
+
+
 class _Streaming(PatchedAttention):
-    """Masked attention over a clip, and attention of one frame to a cache."""
+    """Attention of one frame to a cache."""
 
     by_frame: bool
-
-    def masked(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | Visibility | None) -> Tensor:
-        if isinstance(mask, Tensor):
-            visible = recognise(mask, q.shape[2], k.shape[2])
-            if visible is None:  # a mask that is no interval: as upstream, dense
-                if self.gate is not None or self.visible is not None:
-                    raise ValueError("attn_mask is no interval of keys: it cannot be combined with a gate.")
-                return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(2)
-            mask = visible
-        return self.attend(q, k, v, scale=self.scale, visible=mask)
 
     def streamed(self, x: Tensor, cache: StreamCache, pos: Tensor | None):
         self.check_grid(cache, pos)

@@ -2,26 +2,31 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from torch import nn
 
-from .base import CROSS_PARTS, SELF_PARTS, PatchedAttention, Traits, examine, method_parameters
+from .attends import attends
+from .base import CROSS_PARTS, PATCHING, SELF_PARTS, PatchedAttention, Traits, examine, method_parameters
 from .croco import CrocoCross, CrocoSelf, Easi3rCross, Easi3rMaps, Easi3rSelf
-from .cut3r import Ttt3rCross, Ttt3rSelf
+from .cut3r import MaskedTtt3rCross, Ttt3rCross, Ttt3rSelf
 from .generic import FastVggtSelf, GenericSelf, InterceptedSelf
+from .maps import ReturnsMaps
 from .more import MoreDino, MoreSelf, MoreSparse
+from .readers import MapReaders
 from .stream import Stream3rMask, Stream3rSelf, StreamVggtGlobal, StreamVggtSelf
 from .vggt import DinoSelf, OmegaSelf, Pi3Self, Vggt4dSelf, VggtDinoSelf, VggtSelf
 
 # The first that fits and passes its exercise serves the module; exact conventions come before generic ones.
 ADAPTERS: tuple[type[PatchedAttention], ...] = (
-    CrocoSelf, CrocoCross, Easi3rSelf, Easi3rCross, Ttt3rSelf, Ttt3rCross, StreamVggtSelf, Stream3rSelf, OmegaSelf,
-    Vggt4dSelf, MoreSelf, MoreSparse, MoreDino, Pi3Self, VggtSelf, VggtDinoSelf, DinoSelf, FastVggtSelf,
-    InterceptedSelf, GenericSelf,
+    CrocoSelf, CrocoCross, Easi3rSelf, Easi3rCross, Ttt3rSelf, Ttt3rCross, MaskedTtt3rCross, StreamVggtSelf,
+    Stream3rSelf, OmegaSelf, Vggt4dSelf, MoreSelf, MoreSparse, MoreDino, Pi3Self, VggtSelf, VggtDinoSelf, DinoSelf,
+    FastVggtSelf, InterceptedSelf, GenericSelf,
 )  # fmt: skip
 # Methods of a model (not of an attention module) that read what attention returns or build its masks.
 PARTS = (Easi3rMaps, Stream3rMask, StreamVggtGlobal)
@@ -84,12 +89,23 @@ class AttentionRow:
 
 @dataclass(frozen=True)
 class AttentionTable:
-    """What :func:`inspect` found: rows, parts of the model that belong to them, and reasons against patching."""
+    """What :func:`inspect` found.
+
+    Attributes:
+        rows: the attention modules that are patched.
+        parts: parts of the model that belong to them.
+        problems: reasons against patching.
+        ignored: torch's own attention modules, which stay as they are.
+        unpatched: names of modules that attend in a way that is not known, and stay as they are, each with a reason.
+        reader: who decides what is returned for attention maps; None on models that ask for none.
+    """
 
     rows: tuple[AttentionRow, ...]
     parts: tuple[Any, ...]
     problems: tuple[str, ...]
     ignored: tuple[str, ...]
+    unpatched: tuple[str, ...] = ()
+    reader: MapReaders | None = field(default=None, repr=False)
 
     def __iter__(self) -> Iterator[AttentionRow]:
         return iter(self.rows)
@@ -101,6 +117,23 @@ class AttentionTable:
     def families(self) -> tuple[str, ...]:
         """Families found, in order of appearance."""
         return tuple(dict.fromkeys(r.family for r in self.rows))
+
+    @property
+    def uncalled(self) -> list[AttentionRow]:
+        """Rows that were never called although the patched model ran: gates and observers there do nothing."""
+        ran = any(row.tokens is not None for row in self.rows)
+        return [row for row in self.rows if ran and row.control is not None and row.tokens is None]
+
+    @property
+    def notes(self) -> list[str]:
+        """What the patch costs or does not reach on this model, a line each."""
+        notes = [f"never called so far, a gate there does nothing: {row.name}" for row in self.uncalled]
+        if self.reader is not None and self.reader.reason is not None:
+            notes.append(
+                "attention maps are given whole, as upstream does, because "
+                f"{self.reader.reason}: each that is read costs B x H x Nq x Nk numbers and the time to compute them"
+            )
+        return notes
 
     def select(self, role: str | None = None, kind: str | None = None) -> list[AttentionRow]:
         """Rows of a role (or its first word: ``"state"``) and kind."""
@@ -116,7 +149,8 @@ class AttentionTable:
             lines.append((row.name, row.family, row.role, f"{row.heads} x {row.head_dim}", tokens, row.how))
         widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
         text = ["  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip() for line in lines]
-        text += [f"left alone: {name}" for name in self.ignored]
+        text += self.notes
+        text += [f"left alone: {name}" for name in (*self.ignored, *self.unpatched)]
         text += [f"problem: {problem}" for problem in self.problems]
         return "\n".join(text)
 
@@ -125,14 +159,20 @@ def inspect(model: nn.Module) -> AttentionTable:
     """Finds the attention modules of a model by structure: child modules, shapes and parameter names of their methods.
 
     Each distinct module is also run beside its replacement on a few random tokens (a detached copy; the model is not
-    touched), so a row says that the replacement computes the same. The import path does not matter.
+    touched), so a row says that the replacement computes the same. The import path does not matter. Modules that attend
+    under other names are found by their code, and listed with the reason why they stay as they are.
 
     Raises:
         TypeError: ``model`` is not a module.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}.")
-    rows, problems, ignored, known = [], [], [], {}
+    with PATCHING:
+        return _inspect(model)
+
+
+def _inspect(model: nn.Module) -> AttentionTable:
+    rows, problems, ignored, unpatched, known = [], [], [], [], {}
     recurrent = any(".dec_blocks_state." in f".{name}." for name, _ in model.named_modules())
     for name, module in model.named_modules():
         if isinstance(module, nn.DataParallel) and len(module.device_ids) > 1:
@@ -141,6 +181,8 @@ def inspect(model: nn.Module) -> AttentionTable:
         if isinstance(module, nn.MultiheadAttention):
             ignored.append(f"{name} (torch.nn.MultiheadAttention)")
         if not (_has(module, SELF_PARTS) or _has(module, CROSS_PARTS)):
+            if (why := attends(module)) is not None:
+                unpatched.append(f"{name or '(the model itself)'} ({type(module).__name__}): {why}")
             continue
         problem = _shape_problem(module) or _foreign(module)
         if problem is None:
@@ -154,7 +196,8 @@ def inspect(model: nn.Module) -> AttentionTable:
         family = "cut3r" if recurrent and adapter.family == "croco" else adapter.family
         rows.append(_row(name, module, family, adapter, traits))
     parts = _parts(model, {r.adapter.family for r in rows}, problems)
-    return AttentionTable(tuple(rows), tuple(parts), tuple(problems), tuple(ignored))
+    reader = _reader(model, [r for r in rows if issubclass(r.adapter, ReturnsMaps)])
+    return AttentionTable(tuple(rows), tuple(parts), tuple(problems), tuple(ignored), tuple(unpatched), reader)
 
 
 def _has(module: nn.Module, parts: tuple[str, ...]) -> bool:
@@ -190,7 +233,7 @@ def _foreign(module: nn.Module) -> str | None:
 def _signature(module: nn.Module) -> tuple:
     """Modules that agree in this are exercised once."""
     shapes = tuple((n, tuple(p.shape), p.dtype, str(p.device)) for n, p in module.named_parameters())
-    children = tuple((n, type(m)) for n, m in module.named_children())
+    children = tuple((n, type(m), repr(m)) for n, m in module.named_children())  # sizes where there are no parameters
     flags = tuple(sorted((n, v) for n, v in vars(module).items() if isinstance(v, (bool, int, float, str))))
     return type(module), shapes, children, flags, id(getattr(module, "rope", None))
 
@@ -223,6 +266,18 @@ def _row(name: str, module: nn.Module, family: str, adapter: type[PatchedAttenti
         how += f", RoPE in {str(traits.rotate_dtype).removeprefix('torch.')}"
     layer = int(numbers[-1]) if numbers else -1
     return AttentionRow(name, module, family, role, adapter.kind, layer, heads, dim // heads, how, adapter, traits)
+
+
+def _reader(model: nn.Module, rows: list[AttentionRow]) -> MapReaders | None:
+    """Who reads the maps of these rows: the loops of the smallest module that has all of them."""
+    if not rows:
+        return None
+    paths = [row.name.split(".")[:-1] for row in rows]
+    same = itertools.takewhile(lambda parts: len(set(parts)) == 1, zip(*paths, strict=False))
+    prefix = ".".join(parts[0] for parts in same)
+    names = {row.name.removeprefix(f"{prefix}."): row for row in rows}
+    replacements = {name: partial(row.adapter, traits=row.traits) for name, row in names.items()}
+    return MapReaders(model.get_submodule(prefix), replacements)
 
 
 def _parts(model: nn.Module, families: set[str], problems: list[str]) -> list[Any]:

@@ -43,6 +43,11 @@ class AttentionControl:
         self.backend = "auto"
         self.tokens: tuple[int, int] | None = None
 
+    @property
+    def is_set(self) -> bool:
+        """Whether anything is set here that shows in what is computed or observed."""
+        return bool(self.observers) or not (self.gate is None and self.visible is None and self.cache is None)
+
     def attend(self, q: Tensor, k: Tensor, v: Tensor, **call: Any) -> Tensor:
         """:meth:`attention` with the heads concatenated: ``[B, Nq, H * Dv]``."""
         return self.attention(q, k, v, **call).transpose(1, 2).flatten(2)

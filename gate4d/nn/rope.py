@@ -68,7 +68,10 @@ class RoPE2D(nn.Module):
 def _turn(tokens: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     x = tokens.to(cos.dtype)
     a, b, c, d = x.chunk(4, dim=-1)
-    return torch.addcmul(x * cos, torch.cat((b, a, d, c), dim=-1), sin).to(tokens.dtype)
+    other = torch.cat((b, a, d, c), dim=-1)
+    if cos.dtype.itemsize < 4:  # in 16 bits addcmul rounds once, the models' own rotation rounds each product
+        return x * cos + other * sin
+    return torch.addcmul(x * cos, other, sin).to(tokens.dtype)
 
 
 def rotate_last(tokens: Tensor, sin: Tensor, cos: Tensor) -> Tensor:
