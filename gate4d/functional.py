@@ -147,6 +147,7 @@ def _prepare(
         renormalize=g.renormalize,
         learned=torch.is_grad_enabled()
         and any(x is not None and x.requires_grad for x in (g.query_score, g.key_score)),
+        index=device.index,
     )
     call = Call(
         q=q,

@@ -13,6 +13,8 @@ from operator import index
 import torch
 from torch import Tensor
 
+from .kernels.support import kept
+
 
 class TokenLayout:
     """How the tokens of a clip are laid out: frame after frame, special tokens first in each frame.
@@ -263,11 +265,18 @@ class Visibility:
 
     def bounds_on(self, device: torch.device) -> Tensor | None:
         """``bounds`` on ``device``; the copy is kept, so that a visibility reused over layers is moved once."""
-        if self.bounds is None or self.bounds.device == device:
-            return self.bounds
-        if device not in self._on_device:
-            self._on_device[device] = self.bounds.to(device)
-        return self._on_device[device]
+        bounds = self.bounds
+        if bounds is None:
+            return None
+        if bounds.device != device:
+            bounds = kept(self._on_device, device, lambda: self.bounds.to(device))
+        # Made in inference mode they cannot be saved for a backward: they get a copy that can.
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling() and bounds.is_inference():
+            if bounds is self.bounds:
+                bounds = self.bounds = bounds.clone()
+            else:
+                bounds = self._on_device[device] = bounds.clone()
+        return bounds
 
     def dense(self, num_queries: int, num_keys: int) -> Tensor:
         """The boolean mask ``[1 or B, Nq, Nk]``, True = visible, for tests and peers: users run out of memory here."""

@@ -11,9 +11,16 @@ from torch import Tensor
 def kept(cache: MutableMapping[Hashable, Tensor], key: Hashable, make: Callable[[], Tensor]) -> Tensor:
     """``cache[key]``, made on the first call. What lives for one trace alone is made and not kept.
 
-    Under a dispatch mode (fake tensors, export, tracing) and under ``torch.compile`` a new tensor belongs to the trace.
-    In inference mode it would be one that autograd refuses ever after, so it is made outside of that mode.
+    Under a dispatch mode (fake tensors, export, tracing) a new tensor belongs to the trace; ``torch.compile`` replays
+    what is kept. In inference mode it would be one that autograd refuses ever after: it is made outside of that mode.
     """
+    if torch.compiler.is_dynamo_compiling():
+        if key in cache:
+            return cache[key]
+        made = make()
+        if not torch.is_inference_mode_enabled():
+            cache[key] = made
+        return made
     if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
         return make()
     if key not in cache:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
 from importlib.util import find_spec
 from typing import Any
 
@@ -89,16 +88,16 @@ def cpu_reasons(operator: str, device_type: str, dtype: torch.dtype, head_dim: i
     return reasons
 
 
-def triton_reasons(device_type: str, dtype: torch.dtype, head_dim: int) -> list[str]:
-    """Why the Triton kernels cannot serve tensors of this kind; empty if they can."""
+def triton_reasons(device_type: str, dtype: torch.dtype, head_dim: int, index: int | None = None) -> list[str]:
+    """Why the Triton kernels cannot serve tensors of this kind; empty if they can. ``index`` is their device's."""
     reasons = []
     if not has_triton():
         reasons.append("triton is not installed; pip install gate4d[triton]")
     if device_type != "cuda":
         missing = "" if torch.cuda.is_available() else " (there is no CUDA device)"
         reasons.append(f"it needs CUDA tensors, got {device_type}{missing}")
-    elif torch.cuda.is_available() and (capability := torch.cuda.get_device_capability()) < (8, 0):
-        reasons.append(f"it needs compute capability 8.0 or newer, got {capability[0]}.{capability[1]}")
+    elif (found := capability(index)) is not None and found < (8, 0):
+        reasons.append(f"it needs compute capability 8.0 or newer, got {found[0]}.{found[1]}")
     if dtype not in KERNEL_DTYPES:
         reasons.append(f"it supports float32, bfloat16 and float16, got {dtype_name(dtype)}")
     if not 1 <= head_dim <= MAX_HEAD_DIM:
@@ -106,10 +105,36 @@ def triton_reasons(device_type: str, dtype: torch.dtype, head_dim: int) -> list[
     return reasons
 
 
-@cache
+_capabilities: dict[int, tuple[int, int]] = {}
+
+
+def capability(index: int | None) -> tuple[int, int] | None:
+    """Compute capability of a CUDA device, of the current one for None; None where there is none, as for fake tensors
+    on a machine without one. Asked once a device."""
+    if index in _capabilities:
+        return _capabilities[index]
+    if not torch.cuda.is_available():
+        return None
+    found = torch.cuda.get_device_capability(index)
+    if index is not None:
+        _capabilities[index] = found
+    return found
+
+
+def _installed(package: str) -> bool:
+    try:
+        return find_spec(package) is not None
+    except ImportError:  # somebody's import hook forbids it
+        return False
+
+
+# Found out once, on import: torch.compile could not trace the search.
+_TRITON = _installed("triton")
+
+
 def has_triton() -> bool:
     """Whether Triton is installed; it is not imported to find out."""
-    return find_spec("triton") is not None
+    return _TRITON
 
 
 def dtype_name(dtype: torch.dtype) -> str:

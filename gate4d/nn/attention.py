@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..visibility import Visibility
-from .cache import FrameKVCache, Slot
+from .cache import FrameKVCache, Slot, capturing
 from .control import AttentionControl, Gate
 from .norm_rope import apply_fused, fuses
 from .rope import RoPE2D
@@ -37,11 +37,11 @@ def fused_heads(
 ) -> tuple[Tensor, Tensor, Tensor, FrameKVCache | Slot | None]:
     """q and k after norm and RoPE by one kernel each, where it :func:`fuses`, v, and where the frame goes.
 
-    Without gradients and where the cache stores this dtype, keys and values are written into its next slot, which is
-    returned in the place of the cache; what is returned for k and v is that memory.
+    Without gradients, where the cache stores this dtype and no CUDA graph is captured, keys and values are written into
+    its next slot, which is returned in the place of the cache; what is returned for k and v is that memory.
     """
     q = apply_fused(q, norms[0], rope, positions[0])
-    if cache is None or cache.frozen or torch.is_grad_enabled() or cache.stores(v.dtype) != k.dtype:
+    if cache is None or cache.frozen or torch.is_grad_enabled() or cache.stores(v.dtype) != k.dtype or capturing(k):
         return q, apply_fused(k, norms[1], rope, positions[1]), v, cache
     slot = cache.claim(k, v)
     return q, apply_fused(k, norms[1], rope, positions[1], out=slot.k), slot.v.copy_(v), slot

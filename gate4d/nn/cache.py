@@ -101,6 +101,7 @@ class FrameKVCache:
         self._index: Tensor | None = None  # int64 [P]: where write() puts the frame, inside its page
         self._newest = Place(0, 0)
         self._open: Slot | None = None  # claimed and not committed yet
+        self._reserved = False  # a slot waits for write()
         self.tokens_per_frame = 0
 
     def __repr__(self) -> str:
@@ -135,15 +136,18 @@ class FrameKVCache:
     def append(self, k: Tensor, v: Tensor) -> None:
         """Append one frame: ``k [B, H, P, D]`` after norm and RoPE, ``v [B, H, P, Dv]``.
 
-        ``append`` is :meth:`reserve` followed by :meth:`write`.
+        ``append`` is :meth:`reserve` followed by :meth:`write`; while a CUDA graph is captured, :meth:`write` alone,
+        into the slot reserved before.
 
         Raises:
             ValueError: the frame does not have the shape of those held (a change of resolution); reset() first, or
                 make the cache ``ragged``.
+            RuntimeError: a CUDA graph is captured, and no slot was reserved.
         """
         if self.frozen:
             return
-        self.reserve(k, v)
+        if not (self._reserved and capturing(k)):
+            self.reserve(k, v)
         self.write(k, v)
 
     def claim(self, k: Tensor, v: Tensor) -> Slot:
@@ -159,6 +163,7 @@ class FrameKVCache:
         if slot is not self._open:
             raise RuntimeError("this slot is not open: it was committed already, or another frame came after it.")
         self._open = None
+        self._reserved = False
 
     def stores(self, dtype: torch.dtype) -> torch.dtype:
         """The dtype in which a frame with values of ``dtype`` is stored."""
@@ -168,10 +173,20 @@ class FrameKVCache:
     def reserve(self, k: Tensor, v: Tensor) -> None:
         """Choose (and if need be, allocate or evict) the slot of the next frame; only shapes are read.
 
-        For CUDA graphs: once a bounded cache is full its addresses and shapes never change. Capture :meth:`write` and
-        :meth:`attend`, and call ``reserve`` before each replay: it puts the slot on the device.
+        For CUDA graphs: once a bounded cache is full its addresses and shapes never change. Capture :meth:`write` (or
+        :meth:`append`) and :meth:`attend`. Call ``reserve`` once before the capture, for the first replay, and before
+        each further replay: it puts the slot on the device.
+
+        Raises:
+            ValueError: the frame does not have the shape of those held.
+            RuntimeError: a CUDA graph is captured, which would keep this one slot for ever.
         """
         self._check(k, v)
+        if capturing(k):
+            raise RuntimeError(
+                "a slot cannot be reserved while a CUDA graph is captured: every replay would write the same one. Call "
+                "reserve(k, v) before the capture and before each replay."
+            )
         self._open = None
         tokens = self.tokens_per_frame = k.shape[2]
         pages, place = self._pages, None
@@ -194,11 +209,13 @@ class FrameKVCache:
         held = self._index
         reusable = held is not None and held.device == k.device and held.shape == index.shape
         self._index = held.copy_(index) if reusable else index
+        self._reserved = True
 
     def write(self, k: Tensor, v: Tensor) -> None:
         """Write one frame into the reserved slot; see :meth:`append` for shapes."""
         for stored, new in zip(self._pages.tensors[self._newest.page], (k, v), strict=True):
             stored.index_copy_(2, self._index, new.detach().to(stored.dtype))
+        self._reserved = False
 
     def extend(self, k: Tensor, v: Tensor, frames: int) -> None:
         """Append ``frames`` frames at once: ``k [B, H, frames * P, D]``, ``v [B, H, frames * P, Dv]``."""
@@ -245,6 +262,8 @@ class FrameKVCache:
             part = _keys_of(gate, start, start + k.shape[2])
             start += k.shape[2]
             own = self.token_causal and not self.frozen and number == self._newest.page
+            if own and capturing(q):
+                raise RuntimeError("a token-causal cache cannot be captured: what a query sees depends on the slot.")
             visible = self._up_to_itself(q.shape[2], k.shape[2]) if own else None
             call = {"gate": part, "visible": visible, "scale": scale, "backend": backend}
             if len(pages) == 1:
@@ -310,6 +329,11 @@ class FrameKVCache:
                 raise ValueError(f"policy must return one of the frame ids {candidates}, got {chosen!r}.")
         del self._scores[chosen]
         return chosen
+
+
+def capturing(x: Tensor) -> bool:
+    """Whether work on the device of ``x`` is being captured into a CUDA graph."""
+    return x.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 def _check_frames(k: Tensor, v: Tensor, frames: int) -> None:

@@ -67,7 +67,7 @@ def received_attention(
     scale = max(q.shape[3], 1) ** -0.5 if scale is None else float(scale)
     lse = lse.to(torch.promote_types(q.dtype, torch.float32))
     args = (q, k, lse, score_for(g.query_score, q.dtype), score_for(g.key_score, q.dtype), bounds, scale, g.strength)
-    request = op.Request(q.device.type, q.dtype, q.shape[3], q.shape[2] > 0)
+    request = op.Request(q.device.type, q.dtype, q.shape[3], q.shape[2] > 0, q.device.index)
     mean, m2 = choose(BACKENDS, AUTO_ORDER, backend, request).run(*args)
     moments = Moments(q.shape[2], mean, m2)
     if g.dropped_keys is not None:  # given lse, a dropped key concerns no other key

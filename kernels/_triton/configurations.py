@@ -16,6 +16,8 @@ from typing import Any
 
 import torch
 
+from .runtime import AMD
+
 TUNED = Path(__file__).with_name("triton_tuned.json")
 PASSES = ("forward", "forward_stats", "grad_query", "grad_key", "received", "cross")
 
@@ -87,6 +89,21 @@ _CONSUMER: Table = {
     ("grad_key", 4): {64: (16, 32, 8, 1, 255), 128: (16, 32, 8, 1), 256: (16, 16, 8, 1, 255)},
     ("received", 4): {64: (32, 32, 8, 1, 128), 128: (32, 32, 8, 1, 128), 256: (16, 32, 8, 1, 128)},
 }
+# AMD's, over Ampere's: 64 KiB of shared memory a block on CDNA3 and RDNA3, and no limit of registers to be given.
+_AMD: Table = {
+    ("forward", 2): {64: (128, 64, 4, 1), 128: (64, 64, 4, 1), 256: (64, 32, 4, 1)},
+    ("forward_stats", 2): {64: (128, 64, 4, 1), 128: (64, 64, 4, 1), 256: (64, 32, 4, 1)},
+    ("grad_query", 2): {64: (64, 64, 4, 1), 128: (64, 32, 4, 1), 256: (64, 32, 4, 1)},
+    ("grad_key", 2): {64: (32, 64, 4, 1), 128: (32, 32, 4, 1), 256: (32, 32, 4, 1)},
+    ("received", 2): {64: (64, 64, 4, 1), 128: (64, 64, 4, 1), 256: (64, 32, 4, 1)},
+    ("forward", 4): {64: (32, 32, 4, 1), 128: (32, 32, 4, 1), 256: (32, 16, 4, 1)},
+    ("forward_stats", 4): {64: (32, 32, 4, 1), 128: (32, 32, 4, 1), 256: (32, 16, 4, 1)},
+    ("grad_query", 4): {64: (32, 32, 4, 1), 128: (32, 16, 4, 1), 256: (16, 16, 4, 1)},
+    ("grad_key", 4): {64: (16, 32, 4, 1), 128: (16, 32, 4, 1), 256: (16, 16, 4, 1)},
+    ("received", 4): {64: (32, 32, 4, 1), 128: (32, 32, 4, 1), 256: (16, 32, 4, 1)},
+    ("cross", 2): {64: (64, 64, 4, 1)},
+    ("cross", 4): {64: (64, 64, 8, 1)},
+}
 _UNALIGNED: dict[tuple[str, int], tuple[int, ...]] = {
     ("forward", 2): (64, 32, 8, 2, 255),
     ("forward_stats", 2): (64, 32, 8, 2, 255),
@@ -104,6 +121,9 @@ def config(kind: str, capability: tuple[int, int], dtype: torch.dtype, width: in
         ):  # fmt: skip
             return Config(**row["config"])
     key = (kind, 4 if dtype == torch.float32 else 2)
+    if capability == AMD:
+        table = _AMD[key]
+        return Config(*(table[max(64, width)] if aligned else table[max(table)]))
     newer = _CONSUMER if capability in ((8, 6), (8, 9)) or capability >= (12, 0) else {}
     if (9, 0) <= capability < (12, 0):
         newer = _HOPPER if capability < (10, 0) else _BLACKWELL

@@ -89,8 +89,8 @@ def launches(
     dropped = torch.empty(batch, tokens, device="meta", dtype=torch.bool) if variant.dropped else None
     bounds = torch.empty(1, 3, tokens, device="meta", dtype=torch.int32) if variant.bounds else None
     settings = (head_dim**-0.5, variant.strength)
-    allowed = torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = variant.tf32
+    allowed = torch.backends.cuda.matmul.fp32_precision
+    torch.backends.cuda.matmul.fp32_precision = "tf32" if variant.tf32 else "ieee"
     try:
         with record(capability) as recording:
             gate = (query, key, dropped, bounds, *settings, variant.renormalize)
@@ -107,7 +107,7 @@ def launches(
                 norm_rope_forward(q, torch.empty_like(q), row, row, *turn)
                 norm_rope_backward(out, q, row, *turn, True)
     finally:
-        torch.backends.cuda.matmul.allow_tf32 = allowed
+        torch.backends.cuda.matmul.fp32_precision = allowed
     return [x for x in recording.launches if x.kernel.__name__ in only]
 
 

@@ -177,13 +177,13 @@ def seen_by_all(n0, all_low, all_high, all_far, BLOCK_N: tl.constexpr):
 
 
 @triton.jit
-def reach_kernel(BOUNDS, REACH, num_queries, num_keys, bounds_stride_b, BLOCK_M: tl.constexpr):
-    """:func:`reach` of every tile of queries, int32 ``[1 or B, 6, tiles]``."""
-    tile, b = tl.program_id(0), tl.program_id(1)
+def reach_kernel(BOUNDS, REACH, num_queries, num_keys, bounds_stride_b, tiles, BLOCK_M: tl.constexpr):
+    """:func:`reach` of every tile of queries, int32 ``[1 or B, 6, tiles]``. Grid: (batch, tile), flattened, since the
+    batch may be larger than the second dimension of a grid."""
+    tile, b = tl.program_id(0) % tiles, tl.program_id(0) // tiles
     offs_m = tile * BLOCK_M + tl.arange(0, BLOCK_M)
     start, end, sink = row_bounds(BOUNDS, b, offs_m, num_queries, num_keys, bounds_stride_b)
     low, high, far, all_low, all_high, all_far = reach(start, end, sink, offs_m < num_queries)
-    tiles = tl.num_programs(0)
     out = REACH + b.to(tl.int64) * 6 * tiles + tile
     tl.store(out, low)
     tl.store(out + tiles, high)
@@ -211,9 +211,9 @@ def query_tiles(REACH, n0, tiles, BLOCK_N: tl.constexpr, CHUNK: tl.constexpr):
 
 
 @triton.jit
-def tile_max_kernel(X, OUT, num_keys, BLOCK_N: tl.constexpr):
+def tile_max_kernel(X, OUT, num_keys, tiles, BLOCK_N: tl.constexpr):
     """Largest key score of every tile of keys, fp32 ``[B, tiles]``: only tiles with a 1 can hold a weight of 0."""
-    tile, b = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    tile, b = tl.program_id(0) % tiles, (tl.program_id(0) // tiles).to(tl.int64)
     offs = tile * BLOCK_N + tl.arange(0, BLOCK_N)
     x = tl.load(X + b * num_keys + offs, mask=offs < num_keys, other=0.0)
-    tl.store(OUT + b * tl.num_programs(0) + tile, tl.max(x, 0))
+    tl.store(OUT + b * tiles + tile, tl.max(x, 0))

@@ -91,8 +91,9 @@ def query_reach(p: Problem, block_m: int) -> Tensor | None:
     args = {
         "BOUNDS": p.bounds, "REACH": reach, "num_queries": num_queries, "num_keys": num_keys,
         "bounds_stride_b": batch_stride(p.bounds), "BLOCK_M": block_m,
+        "tiles": reach.shape[2],
     }  # fmt: skip
-    launch(reach_kernel, (reach.shape[2], reach.shape[0]), args, num_warps=1)
+    launch(reach_kernel, (reach.shape[2] * reach.shape[0],), args, num_warps=1)
     return reach
 
 

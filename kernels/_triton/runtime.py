@@ -14,6 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+AMD = (0, 0)  # stands for the compute capability of every AMD GPU, whose numbers would be taken for NVIDIA's
+LARGEST_GRID = (2**31 - 1, 65535, 65535)
+
 
 @dataclass
 class Launch:
@@ -54,7 +57,9 @@ def capability(device: torch.device) -> tuple[int, int]:
     """
     if _recording is not None:
         return _recording.capability
-    return torch.cuda.get_device_capability(device) if device.type == "cuda" else (8, 0)
+    if device.type != "cuda":
+        return 8, 0
+    return AMD if torch.version.hip else torch.cuda.get_device_capability(device)
 
 
 def processors(device: torch.device) -> int:
@@ -66,6 +71,8 @@ def launch(kernel: Any, grid: tuple[int, ...], args: dict[str, Any], **options: 
     """Run ``kernel`` over ``grid`` on the device of its tensors. An empty grid is no work."""
     if 0 in grid:
         return
+    if any(n > most for n, most in zip(grid, LARGEST_GRID, strict=False)):
+        raise ValueError(f"the grid {grid} of {kernel.__name__} is larger than {LARGEST_GRID[: len(grid)]}.")
     if _recording is not None:
         _recording.launches.append(Launch(kernel, grid, args, options))
         return
@@ -76,7 +83,8 @@ def launch(kernel: Any, grid: tuple[int, ...], args: dict[str, Any], **options: 
 
 def dot_precision(dtype: torch.dtype) -> str:
     """fp32 products are exact to fp32 unless torch's own setting allows TF32."""
-    return "tf32" if dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32 else "ieee"
+    # The older allow_tf32 cannot be read once the setting was made through fp32_precision; the newer reads both.
+    return "tf32" if dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
 
 
 def readable(x: Tensor) -> Tensor:

@@ -45,8 +45,9 @@ def forward(
     key_max = None
     if p.multiplies and p.renormalize:
         key_max = q.new_empty(batch, triton.cdiv(num_keys, c.block_n), dtype=torch.float32)
-        args = {"X": p.key_score, "OUT": key_max, "num_keys": num_keys, "BLOCK_N": c.block_n}
-        launch(tile_max_kernel, (key_max.shape[1], batch), args, num_warps=1)
+        tiles = key_max.shape[1]
+        args = {"X": p.key_score, "OUT": key_max, "num_keys": num_keys, "tiles": tiles, "BLOCK_N": c.block_n}
+        launch(tile_max_kernel, (tiles * batch,), args, num_warps=1)
     work = triton.cdiv(num_queries, c.block_m) * batch * heads
     args = {
         "Q": p.q,

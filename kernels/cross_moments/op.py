@@ -30,8 +30,8 @@ def _cross_moments_cuda(*args):
     return cross_moments(*args)
 
 
-def kernel_reasons(device_type: str, dtype: torch.dtype) -> list[str]:
+def kernel_reasons(device_type: str, dtype: torch.dtype, index: int | None = None) -> list[str]:
     """Why no kernel streams features of this kind, so that torch does; empty if one does."""
     if device_type == "cpu":  # features of any type are converted to fp32
         return cpu_reasons("cross_moments", device_type, torch.float32, 1)
-    return triton_reasons(device_type, dtype, 1)
+    return triton_reasons(device_type, dtype, 1, index)

@@ -9,6 +9,7 @@ from itertools import product
 import numpy as np
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from gate4d import TokenLayout, Visibility, gated_attention
 
@@ -285,3 +286,25 @@ def test_token_causal(window, sinks):
     got = Visibility.token_causal(layout, window, sinks)
     assert torch.equal(got.dense(10, 10), causal.dense(10, 10) & torch.ones(10, 10, dtype=torch.bool).tril())
     assert (got.num_keys, got.key_extent) == (10, 10)
+
+
+@pytest.mark.parametrize("made", ["inference", "fake"])
+def test_a_copy_kept_by_one_call_serves_every_other(made):
+    """On another device: a fake one holds nothing, one made in inference mode cannot be trained with."""
+    visible, other = Visibility.per_frame(TokenLayout(2, 3)), torch.device("meta")
+    with torch.inference_mode() if made == "inference" else FakeTensorMode(allow_non_fake_inputs=True):
+        assert isinstance(visible.bounds_on(other), FakeTensor) == (made == "fake")
+    kept = visible.bounds_on(other)
+    assert not isinstance(kept, FakeTensor)
+    assert not kept.is_inference()
+    assert visible.bounds_on(other) is kept
+
+
+def test_a_visibility_made_in_inference_mode_can_be_trained_with():
+    with torch.inference_mode():
+        visible = Visibility.per_frame(TokenLayout(2, 3))
+        assert visible.bounds_on(torch.device("cpu")).is_inference()
+    q = torch.randn(1, 2, 6, 8, requires_grad=True)
+    gated_attention(q, q, q, visible=visible).sum().backward()
+    assert q.grad.isfinite().all()
+    assert not visible.bounds_on(torch.device("meta")).is_inference()

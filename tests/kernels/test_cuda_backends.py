@@ -7,6 +7,7 @@ import sys
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import gate4d
 from gate4d import MotionGate, Visibility
@@ -15,6 +16,8 @@ from gate4d.kernels.attention import backends
 from gate4d.kernels.attention import torch_backends as cuda
 from gate4d.kernels.attention.backends import auto_order, explain
 from gate4d.kernels.attention.op import Request
+from gate4d.kernels.cross_moments.op import kernel_reasons
+from gate4d.kernels.norm_rope import op as norm_rope_op
 
 
 def request_(device: str = "cuda", dtype: torch.dtype = torch.bfloat16, dim: int = 64, **options) -> Request:
@@ -26,7 +29,13 @@ def test_importing_gate4d_does_not_import_triton() -> None:
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
-@pytest.mark.parametrize("name", ["attention_forward", "attention_backward", "received_attention", "cross_moments"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "attention_forward", "attention_backward", "received_attention", "cross_moments", "norm_rope_forward",
+        "norm_rope_backward",
+    ],
+)  # fmt: skip
 def test_operators_have_a_cuda_implementation(name: str) -> None:
     assert torch._C._dispatch_has_kernel_for_dispatch_key(f"gate4d::{name}", "CUDA")
 
@@ -49,6 +58,26 @@ def test_a_missing_triton_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(support, "has_triton", lambda: False)
     reasons = backends.BACKENDS["triton"].not_supported_reasons(request_())
     assert "triton is not installed; pip install gate4d[triton]" in reasons
+
+
+@pytest.mark.parametrize("index", [0, 1])
+def test_the_device_of_the_tensors_is_asked_and_not_the_current_one(index: int, monkeypatch) -> None:
+    """Two cards, the current one new and the other too old; tensors without memory stand for theirs."""
+    monkeypatch.setattr(support, "_capabilities", {})
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    capabilities = {None: (9, 0), 0: (9, 0), 1: (7, 5)}
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capabilities[device])
+    why = "it needs compute capability 8.0 or newer, got 7.5"
+    with FakeTensorMode():
+        q = torch.empty(1, 2, 5, 64, device=f"cuda:{index}", dtype=torch.bfloat16)
+        score = torch.empty(1, 5, device=q.device)
+        assert (why in gate4d.explain(q, q, q, gate=MotionGate.keys(score))) == (index == 1)
+        assert (why in norm_rope_op.triton_reasons(q, True)) == (index == 1)
+        assert norm_rope_op.fits(q, True) == (index == 0)
+    for index, reasons in enumerate(
+        (kernel_reasons("cuda", torch.float32, 0), kernel_reasons("cuda", torch.float32, 1))
+    ):
+        assert (why in reasons) == (index == 1)
 
 
 def test_an_explicit_backend_does_not_fall_back() -> None:

@@ -3,9 +3,13 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import gate4d
-from gate4d.nn import FrameKVCache
+from gate4d.kernels.norm_rope import op
+from gate4d.kernels.norm_rope.reference import norm_rope as norm_rope_reference
+from gate4d.nn import FrameKVCache, RoPE2D, SelfAttention
 
 
 def frames(count, tokens=5, heads=2, dim=16, dtype=torch.float32, batch=2):
@@ -132,6 +136,76 @@ def test_steady_state_is_fixed_for_graphs():
         cache.write(*seen[t][1:])
         assert cache.pages()[0][0].shape == shape
         assert torch.allclose(cache.attend(seen[t][0]), expected(seen[t][0], seen[t - 1 : t + 1]), atol=1e-5)
+
+
+class Graph(TorchDispatchMode):
+    """What a CUDA graph keeps: the operators of a region with their tensors and numbers, to be run again on them."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        self.calls.append((func, args, kwargs or {}, out))
+        return out
+
+    def replay(self) -> None:
+        for func, args, kwargs, out in self.calls:
+            again = func(*args, **kwargs)
+            for kept, new in zip(tree_leaves(out), tree_leaves(again), strict=True):
+                if isinstance(kept, torch.Tensor) and kept.data_ptr() != new.data_ptr():
+                    kept.copy_(new)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_captured_module_writes_where_the_frame_belongs(fused, monkeypatch):
+    """Each replay into the slot reserved before it, not into the one of the capture; with the kernel's path too."""
+    library = torch.library.Library("gate4d", "IMPL")
+    if fused:
+        monkeypatch.setattr(op, "fits", lambda x, exact: True)
+
+        def forward(x, out, weight, bias, positions, frequencies, norm, eps):
+            out.copy_(norm_rope_reference(x, weight, bias, positions, frequencies, norm, eps))
+
+        library.impl("norm_rope_forward", forward, "CPU")
+    module = SelfAttention(32, 2, qk_norm=True, rope=RoPE2D())
+    tokens, pos = torch.randn(9, 2, 5, 32), torch.randint(0, 9, (1, 5, 2))
+    cache, eager, graph = FrameKVCache(2, anchors=1), FrameKVCache(2, anchors=1), Graph()
+    shape = torch.empty(2, 2, 5, 16)
+    x = tokens[3].clone()
+    try:
+        with torch.no_grad():
+            want = [module(t, pos, cache=eager) for t in tokens]
+            for t in tokens[:3]:
+                module(t, pos, cache=cache)
+            cache.reserve(shape, shape)
+            with monkeypatch.context() as m, graph:
+                m.setattr("gate4d.nn.cache.capturing", lambda x: True)
+                m.setattr("gate4d.nn.attention.capturing", lambda x: True)
+                out = module(x, pos, cache=cache)
+            for t in range(3, 9):
+                if t > 3:
+                    cache.reserve(shape, shape)
+                x.copy_(tokens[t])
+                graph.replay()
+                torch.testing.assert_close(out, want[t])
+                assert cache.frame_ids == (0, *sorted((t - 1, t), key=lambda i: (i - 1) % 2))
+    finally:
+        library._destroy()
+
+
+def test_what_cannot_be_captured_says_so(monkeypatch):
+    cache, (q, k, v) = FrameKVCache(2), frames(1)[0]
+    causal = FrameKVCache(2, token_causal=True)
+    causal.append(k, v)
+    monkeypatch.setattr("gate4d.nn.cache.capturing", lambda x: True)
+    for call in (cache.append, cache.reserve, cache.claim):
+        with pytest.raises(RuntimeError, match=r"Call reserve\(k, v\) before the capture and before each replay"):
+            call(k, v)
+    assert cache.num_frames == 0
+    with pytest.raises(RuntimeError, match="token-causal cache cannot be captured"):
+        causal.attend(q)
 
 
 def test_adopt_does_not_copy():

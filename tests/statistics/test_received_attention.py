@@ -236,6 +236,8 @@ def test_auto_takes_the_cuda_operator_where_it_serves(monkeypatch):
         return support.choose(module.BACKENDS, module.AUTO_ORDER, "auto", request).name
 
     assert auto("meta") == "chunked"  # neither CPU nor CUDA
-    monkeypatch.setattr(op, "triton_reasons", lambda device, _, dim: [] if (device, dim) == ("meta", 4) else [device])
+    monkeypatch.setattr(
+        op, "triton_reasons", lambda device, _, dim, index: [] if (device, dim) == ("meta", 4) else [device]
+    )
     assert auto("meta") == "triton"
     assert auto("cpu") == ("cpu" if HAS_CPU else "chunked")
