@@ -177,3 +177,49 @@ def test_no_file_is_long():
         for path in (ROOT / folder).rglob("*"):
             if path.suffix in (".py", ".cpp", ".cu", ".cuh", ".h"):
                 assert len(path.read_text().splitlines()) <= 600, path
+
+
+README = (ROOT / "README.md").read_text()
+
+
+def tree() -> dict[str, str]:
+    """Folders of README's tree by path, with the line said of each."""
+    block = README[README.index("## Where things are") :].split("```")[1]
+    found, above = {}, ""
+    for line in block.strip().splitlines():
+        name, _, text = line.strip().partition(" ")
+        above = above if line.startswith("  ") else name
+        found[name if name == above else above + name] = text.strip()
+    return found
+
+
+def test_the_readme_shows_every_folder_and_no_other():
+    shown = tree()
+    assert all(shown.values()), "a folder without a word"
+    assert not [name for name in shown if not (ROOT / name).is_dir()]
+    files = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True).stdout.splitlines()
+    if not files:
+        pytest.skip("not a git checkout")
+    folders = {"/".join((*parts[:2], "")) for f in files if len(parts := Path(f).parts) > 2} | {
+        f"{Path(f).parts[0]}/" for f in files if len(Path(f).parts) > 1
+    }
+    hidden = {f for f in folders if f.startswith((".", "tests/"))} - {"tests/"}
+    assert folders - hidden - set(shown) == set()
+
+
+def test_contributing_draws_the_layers_that_are_held():
+    text = (ROOT / "CONTRIBUTING.md").read_text()
+    lines = text[text.index("## Layers") :].split("```")[1].strip().splitlines()
+    drawn = [name for line in reversed(lines) for name in line.split("  ")[0].split(" < ")]
+    assert tuple(drawn) == ROOMS
+    (core,) = [line for line in lines if line.startswith("core")]
+    assert set(core.split(None, 1)[1].split(", ")) == set(CORE)
+
+
+def test_tests_mirror_the_folders():
+    rooms = {"core", "kernels", *(p.name for p in (ROOT / "gate4d").iterdir() if p.is_dir()), "benchmarks"}
+    others = {"fuzz", "gpu", "helpers", "standins"}
+    for folder in (p for p in (ROOT / "tests").iterdir() if p.is_dir() and p.name != "__pycache__"):
+        assert folder.name in rooms | others, folder
+    loose = {p.name for p in (ROOT / "tests").glob("test_*.py")}
+    assert loose == {"test_architecture.py", "test_readme.py", "test_setup.py"}

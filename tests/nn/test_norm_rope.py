@@ -35,7 +35,7 @@ def host(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     if shutil.which("g++") is None:
         pytest.skip("g++ is not installed")
     library = tmp_path_factory.mktemp("host") / "norm_rope.so"
-    source = ROOT / "tests" / "norm_rope_host.cpp"
+    source = ROOT / "tests" / "helpers" / "norm_rope_host.cpp"
     flags = "-O2", "-std=c++17", "-Wall", "-Wextra", "-Werror", "-shared", "-fPIC", f"-I{INCLUDE}"
     subprocess.run(["g++", *flags, str(source), "-o", str(library)], check=True)
     return ctypes.CDLL(str(library))
