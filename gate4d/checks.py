@@ -57,6 +57,8 @@ def check_visible(visible: Visibility, q: Tensor, k: Tensor) -> Tensor | None:
     bounds = visible.bounds
     if bounds is None:
         return None
+    if torch.compiler.is_compiling():
+        _check_traced(visible, q.shape[2], k.shape[2])
     if bounds.shape[2] != q.shape[2] or bounds.shape[0] not in (1, q.shape[0]):
         raise ValueError(
             f"visible must describe Nq={q.shape[2]} queries of a batch of 1 or {q.shape[0]}, "
@@ -64,9 +66,18 @@ def check_visible(visible: Visibility, q: Tensor, k: Tensor) -> Tensor | None:
         )
     if visible.num_keys is not None and visible.num_keys != k.shape[2]:
         raise ValueError(f"visible describes {visible.num_keys} keys, but k has Nk={k.shape[2]}.")
-    if visible.key_extent > k.shape[2]:
+    if visible.key_extent is not None and visible.key_extent > k.shape[2]:
         raise ValueError(f"visible has intervals up to key {visible.key_extent}, but k has Nk={k.shape[2]}.")
     return visible.bounds_on(q.device)
+
+
+def _check_traced(visible: Visibility, num_queries: int, num_keys: int) -> None:
+    """What a visibility built inside a compiled function does not know while it is traced is checked when it runs."""
+    torch._check(visible.bounds.shape[2] == num_queries)
+    if visible.num_keys is not None:
+        torch._check(visible.num_keys == num_keys)
+    if visible.key_extent is None:
+        torch._assert_async((visible.bounds <= num_keys).all(), "visible has intervals beyond the last key.")
 
 
 def check_pair(q: Tensor, k: Tensor) -> None:

@@ -72,8 +72,8 @@ class MotionGate:
         query alone, is constant along the softmax and cancels; it is therefore applied to the output.
         ``query_motion [B, Nq]`` in [0, 1], 1 = dynamic.
         """
-        static = 1 - _motion(query_motion, "query_motion")
-        if _strength(strength) not in (0, 1):
+        static, strength = 1 - _motion(query_motion, "query_motion"), _strength(strength)
+        if strength not in (0, 1):
             # As for the weights, the gradient at 0 is 0: that of the power is infinite or undefined there.
             scale = torch.where(static > 0, torch.where(static > 0, static, 1.0) ** strength, 0.0)
         else:
@@ -134,7 +134,7 @@ def _kind(x: object) -> str:
 def _strength(strength: float) -> float:
     if not isinstance(strength, (int, float)) or isinstance(strength, bool):
         raise TypeError(f"strength must be a number, got {type(strength).__name__}.")
-    if not (math.isfinite(strength) and strength >= 0):
+    if not 0 <= strength < math.inf:  # False for NaN; in comparisons that torch.compile can trace
         raise ValueError(f"strength must be finite and >= 0, got {strength}.")
     return float(strength)
 

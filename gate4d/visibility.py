@@ -112,13 +112,14 @@ class Visibility:
 
     Attributes:
         bounds: int32 ``[1 or B, 3, Nq]``, rows ``start, end, sink_end``; None when everything is visible.
-        key_extent: one past the largest key index mentioned, so that a call can be checked without a read.
+        key_extent: one past the largest key index mentioned, so that a call can be checked without a read; None where
+            torch.compile built the visibility, which cannot read it.
         num_keys: the exact number of keys the constructor's layout describes, None where it describes none.
     """
 
     __slots__ = ("_on_device", "bounds", "key_extent", "num_keys")
 
-    def __init__(self, bounds: Tensor | None, key_extent: int = 0, num_keys: int | None = None):
+    def __init__(self, bounds: Tensor | None, key_extent: int | None = 0, num_keys: int | None = None):
         self.bounds = bounds
         self.key_extent = key_extent
         self.num_keys = num_keys
@@ -164,8 +165,9 @@ class Visibility:
         end = [layout.offsets[t + 1] for t in frames]
         sink = [layout.offsets[min(sinks, t + 1)] for t in frames]
         per_frame = torch.tensor([start, end, sink], dtype=torch.int32)
-        repeats = torch.tensor(layout.tokens_per_frame[first_query_frame:])
-        return cls(per_frame.repeat_interleave(repeats, dim=1)[None], layout.num_tokens, layout.num_tokens)
+        sizes = layout.tokens_per_frame[first_query_frame:]
+        bounds = per_frame.repeat_interleave(torch.tensor(sizes), dim=1, output_size=sum(sizes))
+        return cls(bounds[None], layout.num_tokens, layout.num_tokens)
 
     @classmethod
     def token_causal(cls, layout: TokenLayout, window: int | None = None, sinks: int = 0) -> Visibility:
@@ -196,8 +198,15 @@ class Visibility:
                 f"got {keys.numel() - 1}."
             )
         rows = torch.stack((keys[:-1], keys[1:], torch.zeros_like(keys[1:])))
-        bounds = rows.repeat_interleave(queries.diff(), dim=1).to(torch.int32)
-        return cls(bounds[None], int(keys[-1]), int(keys[-1]))
+        # Lengths given as numbers are known while torch.compile traces, those of a tensor are not.
+        num_queries, num_keys = (
+            int(cu[-1]) if isinstance(given, Tensor) else index(given[-1])
+            for cu, given in ((queries, cu_seqlens), (keys, cu_seqlens if cu_seqlens_k is None else cu_seqlens_k))
+        )
+        if torch.compiler.is_compiling():
+            torch._check(num_queries >= 0)
+        bounds = rows.repeat_interleave(queries.diff(), dim=1, output_size=num_queries).to(torch.int32)
+        return cls(bounds[None], num_keys, num_keys)
 
     @classmethod
     def intervals(cls, start: Tensor, end: Tensor, sink_end: Tensor | int = 0) -> Visibility:
@@ -220,6 +229,10 @@ class Visibility:
             shapes = {name: list(x.shape) for name, x in named.items()}
             raise ValueError(f"start, end and sink_end must have matching shapes, got {shapes}.") from None
         bounds = torch.stack(tuple(r.to(start.device) for r in rows), dim=1)
+        if torch.compiler.is_compiling():
+            torch._assert_async((bounds >= 0).all(), "intervals must not be negative.")
+            largest = torch.iinfo(torch.int32).max
+            return cls(bounds.clamp(max=largest).to(torch.int32).contiguous(), None)
         if bounds.numel() and int(bounds.min()) < 0:
             raise ValueError(f"intervals must not be negative, got a bound of {int(bounds.min())}.")
         extent = int(bounds[:, 1:].max()) if bounds.numel() else 0
@@ -283,6 +296,10 @@ def _cumulative(lengths: Tensor | Sequence[int], name: str) -> Tensor:
     if cu.is_floating_point() and cu.numel():
         raise TypeError(f"{name} must hold integers, got {cu.dtype}.")
     cu = cu.to(torch.int64)
+    if torch.compiler.is_compiling() and cu.dim() == 1 and cu.numel() >= 2:
+        message = f"{name} must be a non-decreasing 1-D sequence that starts at 0."
+        torch._assert_async((cu[0] == 0) & (cu.diff() >= 0).all(), message)
+        return cu
     if cu.dim() != 1 or cu.numel() < 2 or int(cu[0]) != 0 or bool((cu.diff() < 0).any()):
         raise ValueError(f"{name} must be a non-decreasing 1-D sequence that starts at 0, got {cu.tolist()[:8]}.")
     return cu

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
 from importlib.util import find_spec
 from typing import Any
 
@@ -106,10 +105,15 @@ def triton_reasons(device_type: str, dtype: torch.dtype, head_dim: int) -> list[
     return reasons
 
 
-@cache
+try:  # once, at import: torch.compile warns of a cache where it traces
+    _TRITON = find_spec("triton") is not None
+except ImportError:
+    _TRITON = False
+
+
 def has_triton() -> bool:
     """Whether Triton is installed; it is not imported to find out."""
-    return find_spec("triton") is not None
+    return _TRITON
 
 
 def dtype_name(dtype: torch.dtype) -> str:

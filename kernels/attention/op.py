@@ -11,11 +11,12 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from .._autograd import first_derivative_only
 from .._library import declare
 
 _NAMESPACE = "gate4d"
+_SECOND = "backend='reference' has second derivatives, in torch operations that hold the attention map."
 _GATE_ARGS = (
     "Tensor? query_score, Tensor? key_score, Tensor? dropped_keys, Tensor? bounds, "
     "float scale, float strength, bool renormalize"
@@ -136,7 +137,6 @@ class _Attention(torch.autograd.Function):
         ctx.settings = settings
 
     @staticmethod
-    @once_differentiable  # a second derivative is an error, not a silent 0
     def backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None, _grad_stats: Tensor | None):
         q, k, v, out, lse, query_score, key_score, dropped_keys, bounds = ctx.saved_tensors
         none = (None,) * 6
@@ -147,7 +147,9 @@ class _Attention(torch.autograd.Function):
         gate = (query_score, key_score, dropped_keys, bounds, *ctx.settings)
         score_grads = ctx.needs_input_grad[3] or ctx.needs_input_grad[4]
         grads = torch.ops.gate4d.attention_backward(grad_out, grad_lse, q, k, v, out, lse, *gate, score_grads)
-        return *(g if need else None for g, need in zip(grads, ctx.needs_input_grad[:5], strict=True)), *none
+        grads = [g if need else None for g, need in zip(grads, ctx.needs_input_grad[:5], strict=True)]
+        sources = grad_out, grad_lse, q, k, v, query_score, key_score
+        return *first_derivative_only("gated_attention", grads, sources, _SECOND), *none
 
 
 def attention(

@@ -16,7 +16,6 @@ from .._triton.runtime import heads_last
 from ..support import KERNEL_DTYPES, MAX_HEAD_DIM, cuda_library_error, dtype_name, has_triton, kept
 
 BACKENDS = ("triton", "cuda", "torch")
-_HAS_TRITON = has_triton()  # a constant, so that torch.compile need not trace the search
 _FORWARD = (
     "(Tensor x, Tensor(a!) out, Tensor? weight, Tensor? bias, Tensor? positions, Tensor? frequencies, bool norm, "
     "float eps) -> ()"
@@ -71,7 +70,7 @@ def fits(x: Tensor, exact: bool) -> bool:
 def triton_reasons(x: Tensor, exact: bool) -> list[str]:
     """Why the Triton kernel cannot serve the call; empty if it can."""
     reasons = _reasons(x, exact)
-    if not _HAS_TRITON:
+    if not has_triton():
         reasons.append("triton is not installed; pip install gate4d[triton]")
     if x.is_cuda and (found := capability(x.device)) is not None and found < (8, 0):
         reasons.append(f"it needs compute capability 8.0 or newer, got {found[0]}.{found[1]}")

@@ -13,6 +13,7 @@ import torch
 from conftest import require_backend
 from helpers.attention_cases import Case, draw
 
+import gate4d
 from gate4d import MotionGate, TokenLayout, Visibility, gated_attention
 
 ROOT = Path(__file__).parents[2]
@@ -105,6 +106,98 @@ def test_compiled_with_dynamic_shapes():
     assert count.frame_count == 1
 
 
+@pytest.mark.parametrize(
+    ("kind", "strength"), [(MotionGate.pairwise, 1.5), (MotionGate.queries, 2), (MotionGate.queries, 1.5)]
+)
+def test_compiled_with_the_strength_as_an_argument(kind, strength):
+    torch.compiler.reset()
+    q, k, v, motion, _ = leaves(12)
+
+    def call(motion, strength):
+        return attend(q, k, v, gate=kind(motion, strength=strength)).sin()
+
+    compiled = torch.compile(call, fullgraph=True, dynamic=True, backend="aot_eager")
+    for value in (strength, 3.25):
+        got, expected = compiled(motion, value), call(motion, value)
+        torch.testing.assert_close(got, expected)
+        assert_same(torch.autograd.grad(got.sum(), motion), torch.autograd.grad(expected.sum(), motion))
+    with pytest.raises(Exception, match="strength must be finite"):
+        compiled(motion, -1.0)
+
+
+N = 12
+BUILT = {
+    "frame_causal": lambda start, end, cu: Visibility.frame_causal(TokenLayout(4, 3), window=2, sinks=1),
+    "ragged": lambda start, end, cu: Visibility.frame_causal(TokenLayout(3, [3, 4, 5])),
+    "per_frame": lambda start, end, cu: Visibility.per_frame(TokenLayout(4, 3)),
+    "packed": lambda start, end, cu: Visibility.packed([0, 5, 5, 12]),
+    "packed_cu_seqlens": lambda start, end, cu: Visibility.packed(cu),
+    "packed_keys_apart": lambda start, end, cu: Visibility.packed(cu, torch.tensor([0, 1, 2, 12])),
+    "intervals": lambda start, end, cu: Visibility.intervals(start, end),
+    "intervals_and_sinks": lambda start, end, cu: Visibility.intervals(start, end, 2),
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "dynamic"), [*((n, None) for n in BUILT), *((n, True) for n in ("frame_causal", "packed_cu_seqlens"))]
+)
+def test_visibility_built_inside_a_compiled_function(name, dynamic):
+    torch.compiler.reset()
+    inputs = leaves(N)
+    start, end, cu = torch.arange(N) // 2, torch.arange(N), torch.tensor([0, 5, 5, N])
+
+    def call(*args):
+        return block(*args[:5], BUILT[name](*args[5:]))
+
+    compiled = torch.compile(call, fullgraph=True, dynamic=dynamic, backend="aot_eager")
+    results = [f(*inputs, start, end, cu) for f in (compiled, call)]
+    assert_same(*([*r, *torch.autograd.grad(r[0].sum() + r[1].nan_to_num(0, 0, 0).sum(), inputs)] for r in results))
+
+
+@pytest.mark.parametrize(
+    ("name", "changed"),
+    [("intervals", {0: -1}), ("intervals", {1: N + 1}), ("packed_cu_seqlens", {2: [0, 7, 5, N]}),
+     ("packed_cu_seqlens", {2: [0, 5, 5, N - 1]}), ("packed_cu_seqlens", {2: [1, 5, 5, N]})],
+)  # fmt: skip
+def test_bad_visibility_built_inside_a_compiled_function(name, changed):
+    """Values that cannot be read while it is traced are checked when it runs."""
+    torch.compiler.reset()
+    inputs = [x.detach() for x in leaves(N)]
+    tensors = [torch.arange(N) // 2, torch.arange(N), torch.tensor([0, 5, 5, N])]
+
+    def call(*args):
+        return block(*args[:5], BUILT[name](*args[5:]))
+
+    compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
+    compiled(*inputs, *tensors)
+    for i, values in changed.items():
+        tensors[i] = torch.tensor(values).expand_as(tensors[i]).clone()
+    for f in (compiled, call):
+        with pytest.raises((RuntimeError, ValueError)):
+            f(*inputs, *tensors)
+
+
+@pytest.mark.parametrize(("compiler", "dynamic"), [("aot_eager", True), ("inductor", None)])
+def test_compiled_statistics(compiler, dynamic):
+    torch.compiler.reset()
+    q, k, v, motion, _ = (x.detach() for x in leaves(N))
+
+    def call(q, k, v, motion, strength):
+        gate, visible = MotionGate.pairwise(motion, strength=strength), Visibility.per_frame(TokenLayout(4, 3))
+        _, aux = attend(q, k, v, gate=gate, visible=visible, return_aux=True)
+        found = [
+            gate4d.received_attention(q, k, aux.lse, gate=gate, visible=visible),
+            gate4d.received_attention(q, k, aux.lse, over=("queries",), backend="chunked", gate=gate, visible=visible),
+            gate4d.cross_moments(q, k, method="stream"),
+            gate4d.cross_moments([q, k], [k[:, None], v[:, None]], method="covariance"),
+            gate4d.logit_moments(q, k, over=("heads", "queries")),
+        ]
+        return [x for m in found for x in (m.count, m.mean, m.m2)]
+
+    compiled = torch.compile(call, fullgraph=True, dynamic=dynamic, backend=compiler)
+    assert_same(compiled(q, k, v, motion, 1.5), call(q, k, v, motion, 1.5))
+
+
 def test_first_call_ever_is_compiled():
     """In a fresh process, before any eager call has registered or cached anything."""
     code = """
@@ -185,12 +278,64 @@ def test_non_leaf_inputs_and_either_output_alone():
         torch.testing.assert_close(b, o + s)
 
 
-def test_double_backward_is_refused():
+@pytest.mark.parametrize("loss", [torch.sum, lambda x: x.sin().sum()], ids=["constant", "varying"])
+@pytest.mark.parametrize("which", range(5))
+def test_second_derivatives_are_refused(which, loss):
+    """Also where the incoming gradient is a constant, so that the first derivatives look like constants."""
     inputs = leaves(6)
-    out, _ = block(*inputs, None)
-    (grad,) = torch.autograd.grad(out.sum(), inputs[:1], create_graph=True)
-    with pytest.raises(RuntimeError, match=r"once_differentiable"):
-        grad.sum().backward()
+    out, lse = block(*inputs, None)
+    firsts = torch.autograd.grad(loss(out) + loss(lse), inputs, create_graph=True)
+    for first, g in zip(firsts, with_loss_grads(inputs, loss), strict=True):
+        assert torch.equal(first, g)
+    for i in range(5):
+        with pytest.raises(NotImplementedError, match="backend='reference' has second"):
+            torch.autograd.grad(firsts[which].square().sum(), inputs[i], retain_graph=True)
+
+
+def with_loss_grads(inputs, loss):
+    out, lse = block(*inputs, None)
+    return torch.autograd.grad(loss(out) + loss(lse), inputs)
+
+
+def test_nested_function_transforms_are_refused():
+    inputs = [x.detach() for x in leaves(6)]
+
+    def first(x):
+        return torch.func.grad(lambda y: plain(y, *inputs[1:]).sum())(x).sum()
+
+    with pytest.raises(NotImplementedError, match="first derivatives only"):
+        torch.func.grad(first)(inputs[0])
+    with pytest.raises(NotImplementedError, match="first derivatives only"):
+        torch.func.jacrev(torch.func.jacrev(lambda x: plain(x, *inputs[1:]).sum()))(inputs[0])
+    with pytest.raises(RuntimeError, match="jvp"):
+        torch.func.hessian(lambda x: plain(x, *inputs[1:]).sum())(inputs[0])
+
+
+def test_the_reference_has_second_derivatives():
+    """What the error names instead: right where rows see nothing and where weights are 0, too."""
+    inputs = [x.detach().double().requires_grad_() for x in leaves(4, batch=1)]
+    visible = Visibility.intervals(torch.tensor([0, 1, 4, 2]), torch.tensor([3, 4, 4, 3]))
+
+    def loss(q, k, v, query, key):
+        gate = MotionGate(1 - query, key, strength=1.5)  # without the check of the range: numerical steps leave it
+        out, aux = gated_attention(q, k, v, gate=gate, visible=visible, return_aux=True)
+        return out.sin().sum() + aux.lse[:, :, :2].sin().sum()
+
+    assert torch.autograd.gradgradcheck(loss, inputs)
+
+
+def test_compiled_second_derivatives_are_refused():
+    """By torch itself."""
+    torch.compiler.reset()
+    inputs = leaves(6)
+    out, lse = torch.compile(block, fullgraph=True, backend="aot_eager")(*inputs, None)
+
+    def second():
+        (first,) = torch.autograd.grad(out.sum() + lse.sum(), inputs[:1], create_graph=True)
+        return torch.autograd.grad(first.square().sum(), inputs[0])
+
+    with pytest.raises(RuntimeError, match="double backward"):
+        second()
 
 
 # --- function transforms ----------------------------------------------------------------------------------------------
