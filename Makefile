@@ -1,11 +1,11 @@
-# make demo | test | bench | lint | sanitize | cubins. Every target reuses one .venv and one build.
+# make demo | test | bench | lint | sanitize | fuzz | soak | cubins. Every target reuses one .venv and one build.
 PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check
 SOURCES := setup.py pyproject.toml constraints.txt $(shell find csrc -type f 2>/dev/null)
 
-.PHONY: setup demo test bench lint format sanitize cubins clean
+.PHONY: setup demo test bench lint format sanitize sanitize-threads fuzz soak cubins clean
 setup: $(VENV)/.ready
 
 $(VENV)/.torch: constraints.txt
@@ -44,7 +44,8 @@ format: setup
 	$(VENV)/bin/ruff format .
 
 # The C++ kernels built again with AddressSanitizer and UndefinedBehaviorSanitizer, beside the normal build, and the
-# kernel tests under each instruction set that this machine has.
+# kernel tests under each instruction set that this machine has; then, where the compiler has it, with ThreadSanitizer
+# and some cases of the fuzzing over several threads.
 SANITIZED := build/sanitize
 sanitize: setup
 	@echo "== building the kernels with sanitizers into $(SANITIZED)"
@@ -57,6 +58,26 @@ sanitize: setup
 	    $(CURDIR)/$(PY) -m pytest -p no:cacheprovider -c $(CURDIR)/pyproject.toml $(CURDIR)/tests/kernels/test_attention.py \
 	    -k "cpu and (sizes or layouts or unequal or empty or logit or nothing or capped) and not 1041" $(ARGS)) || exit 1; \
 	done
+	@if echo 'int main(){}' | g++ -fsanitize=thread -x c++ -o /dev/null - 2>/dev/null; \
+	then $(MAKE) --no-print-directory sanitize-threads; \
+	else echo "== ThreadSanitizer: this compiler does not have it, left out"; fi
+
+THREADS := build/threads
+sanitize-threads: setup
+	@echo "== building the kernels with ThreadSanitizer into $(THREADS)"
+	GATE4D_SANITIZE=thread $(PY) setup.py -q build --build-base $(THREADS) --build-lib $(THREADS)/lib
+	cd $(THREADS)/lib && PYTHONPATH=.:$(CURDIR) PYTHONDONTWRITEBYTECODE=1 OPENBLAS_NUM_THREADS=1 \
+	  LD_PRELOAD="$$(g++ -print-file-name=libtsan.so) $$(g++ -print-file-name=libstdc++.so)" \
+	  TSAN_OPTIONS=halt_on_error=1:ignore_noninstrumented_modules=1:report_signal_unsafe=0 \
+	  $$(command -v setarch >/dev/null && echo setarch -R) $(CURDIR)/$(PY) -m tests.fuzz --cases 30 --seed 0
+
+# Random cases against an oracle, under each instruction set; the same work over and over, with flat memory.
+MINUTES ?= 10
+fuzz: setup
+	$(PY) -m tests.fuzz --minutes $(MINUTES) $(ARGS)
+
+soak: setup
+	$(PY) -m tests.fuzz.soak --minutes $(MINUTES) $(ARGS)
 
 # What the Triton kernels compile to for each GPU, as a table in build/cubins.md; needs no GPU, takes about 45 minutes.
 cubins: setup

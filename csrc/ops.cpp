@@ -48,16 +48,33 @@ class ThreadScratch {
   int64_t size_ = 0;
 };
 
+// ThreadSanitizer does not see how torch's threads, which are not built with it, start and finish: it is told.
+#if defined(__SANITIZE_THREAD__)
+extern "C" void __tsan_acquire(void*);
+extern "C" void __tsan_release(void*);
+char handover;
+inline void take_over() { __tsan_acquire(&handover); }
+inline void hand_over() { __tsan_release(&handover); }
+#else
+inline void take_over() {}
+inline void hand_over() {}
+#endif
+
 // Runs tasks on torch's threads; each takes the next one, because tasks differ in length.
 template <class F>
 void run_tasks(int64_t tasks, int64_t scratch_bytes, const F& task) {
   const int64_t workers = std::min<int64_t>(tasks, torch::stable::get_num_threads());
   std::atomic<int64_t> next{0};
-  torch::stable::parallel_for(0, workers, 1, [&](int64_t, int64_t) {
+  const auto work = [&](int64_t, int64_t) {
+    take_over();
     thread_local ThreadScratch buffer;
     void* scratch = buffer.at_least(scratch_bytes);
     for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < tasks;) task(i, scratch);
-  });
+    hand_over();
+  };
+  hand_over();
+  torch::stable::parallel_for(0, workers, 1, work);
+  take_over();
 }
 
 DType dtype_of(const Tensor& x) {

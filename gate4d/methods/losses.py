@@ -71,7 +71,7 @@ def camera_attention(
     softmax, nothing = (torch.log_softmax, -torch.inf) if log else (torch.softmax, 0.0)
     if visible is None or visible.bounds is None:
         return softmax(logits, -1, dtype=dtype)
-    if visible.bounds.shape[2] != q.shape[2] or visible.key_extent > k.shape[2]:
+    if visible.bounds.shape[2] != q.shape[2] or (visible.key_extent or 0) > k.shape[2]:
         raise ValueError(
             f"visible must describe {q.shape[2]} queries over {k.shape[2]} keys, got {visible.bounds.shape[2]} queries "
             f"over {visible.key_extent} keys."
