@@ -13,9 +13,20 @@ _HEAD = ("frames", "ATE", "RPE t", "RPE r", "AbsRel", "d<1.25", "IoU", "FPS")
 _COLUMNS = "<30 >7 >6 >6 >6 >7 >7 >5 >6"
 LEGEND = (
     "ATE, RPE t: camera centres after Sim(3) alignment, % of the first frame's mean depth, clips with a moving camera;",
-    "RPE r: degrees; both RPE between neighbouring frames. AbsRel, d<1.25: depth scaled by the clip's median.",
-    "IoU: motion masks, all pixels of all clips. FPS: whole system, as it ran. Means over clips.",
+    "RPE r: degrees; both RPE between neighbouring frames. AbsRel, d<1.25: depth aligned once a clip ({align}), clips "
+    "weighted by valid pixels.",
+    "IoU: motion masks, all pixels of all clips (other means: --json, --markdown). FPS: whole system, as it ran. Means "
+    "over clips.",
 )
+_MEANS = (
+    "JM f, JM s: mean IoU of a frame over all frames, and over each clip's and then over clips; JR: frames above 0.5."
+)
+_MASKS = {"iou_frames": "JM f", "iou_sequences": "JM s", "iou_recall": "JR"}  # columns of the Markdown table alone
+# As ``gate4d.evaluation.metrics`` has them, which is imported where it is used.
+_ALIGN = ("median", "scale", "scale_and_shift", "least_squares", "metric")
+# Clips, frames, clips of the recurrent rows and their frames, as asked for by nothing and by --quick.
+_FULL = {"clips": 32, "frames": 16, "long_clips": 4, "lengths": "10,30,100,300"}
+_QUICK = {"clips": 3, "frames": 8, "long_clips": 1, "lengths": "10"}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -26,10 +37,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--unforced", metavar="WEIGHTS", help="trained without attention forcing: a file")
     parser.add_argument("--forced", metavar="WEIGHTS", help="trained as --unforced is, but with forcing: a file")
     parser.add_argument("--recurrent", metavar="WEIGHTS", default="recurrent", help="name or file (default: shipped)")
-    parser.add_argument("--clips", type=int, default=32, help="clips of the rows over one clip at once (default 32)")
-    parser.add_argument("--frames", type=int, default=16, help="frames of these clips (default 16)")
-    parser.add_argument("--long-clips", type=int, default=4, help="clips of the recurrent rows (default 4)")
-    parser.add_argument("--lengths", default="10,30,100,300", help="frames of these clips (default 10,30,100,300)")
+    parser.add_argument(
+        "--quick", action="store_true", help="few, short clips: within two minutes; figures for a first look"
+    )
+    parser.add_argument("--clips", type=int, help="clips of the rows over one clip at once (default 32; --quick 3)")
+    parser.add_argument("--frames", type=int, help="frames of these clips (default 16; --quick 8)")
+    parser.add_argument("--long-clips", type=int, help="clips of the recurrent rows (default 4; --quick 1)")
+    parser.add_argument("--lengths", help="frames of these clips (default 10,30,100,300; --quick 10)")
+    parser.add_argument(
+        "--align", choices=_ALIGN, default="median", help="how depth is aligned, once a clip (default median)"
+    )
     parser.add_argument("--size", type=int, nargs=2, default=(64, 80), metavar=("HEIGHT", "WIDTH"), help="pixels")
     parser.add_argument("--only", metavar="WORD", help="rows whose name holds this word alone")
     parser.add_argument("--threads", type=int, metavar="N", help="torch threads (default: torch's choice)")
@@ -51,6 +68,9 @@ def run(args: argparse.Namespace) -> int:
         return 0
     if args.into is not None:
         raise ValueError("--into needs --markdown FILE, the results to show.")
+    for name, usual in (_QUICK if args.quick else _FULL).items():
+        if getattr(args, name) is None:
+            setattr(args, name, usual)
     lengths = _check(args)
 
     import torch
@@ -84,10 +104,11 @@ def run(args: argparse.Namespace) -> int:
             if (count, wanted[-1]) not in clips:
                 clips[count, wanted[-1]] = list(evaluation_clips(max(wanted), *args.size, count=count))
             model = models[system.weights]
-            measured += measure(system, model, clips[count, wanted[-1]], wanted, lambda: show(advance=1))
+            measured += measure(system, model, clips[count, wanted[-1]], wanted, lambda: show(advance=1), args.align)
     result = result_files.envelope("eval", torch.get_num_threads()) | {
         "seconds": round(time.perf_counter() - began, 1), "size": list(args.size), "clips": args.clips,
-        "long_clips": args.long_clips, "weights": about, "rows": [row.as_dict() for row in measured],
+        "long_clips": args.long_clips, "align": args.align, "weights": about,
+        "rows": [row.as_dict() for row in measured],
     }  # fmt: skip
     print("\n".join(table(result)))
     if args.json is not None:
@@ -107,6 +128,11 @@ def cells(row: dict) -> list[str]:
     return [str(row["frames"]), *lengths, *others, shown("fps", 1)]
 
 
+def _legend(result: dict) -> list[str]:
+    align = result.get("align", "median").replace("_", " ")
+    return [line.format(align=align) for line in LEGEND]
+
+
 def table(result: dict) -> list[str]:
     """The lines of the table, at most 80 characters each."""
     rows: list = []
@@ -119,7 +145,7 @@ def table(result: dict) -> list[str]:
             group = row["group"]
             rows += ["", (group[:30], *_HEAD), None]
         rows.append((row["system"], *cells(row)))
-    rows += [None, *(line for text in LEGEND for line in wrapped(text))] if rows else []
+    rows += [None, *(line for text in _legend(result) for line in wrapped(text))] if rows else []
     for kind, about in result["weights"].items():
         rows += wrapped(f"{kind} weights: {about['text']}", then="  ")
     rows += wrapped(_unequal(result["weights"]))
@@ -139,14 +165,18 @@ def markdown(result: dict) -> str:
         *(f"- {kind} weights: {about['text']}" for kind, about in result["weights"].items()),
     ]
     lines += [f"- {_unequal(result['weights'])}"] if _unequal(result["weights"]) else []
+    means = {name: head for name, head in _MASKS.items() if any(row.get(name) is not None for row in result["rows"])}
+    heads = (*_HEAD, *means.values())
     for group in dict.fromkeys(row["group"] for row in result["rows"]):
-        rows = [
-            (row["system"], *(["-"] * len(_HEAD) if row["skipped"] else cells(row)), row["skipped"] or row["note"])
-            for row in result["rows"]
-            if row["group"] == group
-        ]
-        lines += ["", *markdown_table((group, *_HEAD, "note"), rows, "<" + ">" * len(_HEAD) + "<")]
-    return "\n".join([*lines, "", *LEGEND]) + "\n"
+        rows = []
+        for row in result["rows"]:
+            if row["group"] != group:
+                continue
+            others = ["-" if row.get(name) is None else f"{row[name]:.2f}" for name in means]
+            figures = ["-"] * len(heads) if row["skipped"] else [*cells(row), *others]
+            rows.append((row["system"], *figures, row["skipped"] or row["note"]))
+        lines += ["", *markdown_table((group, *heads, "note"), rows, "<" + ">" * len(heads) + "<")]
+    return "\n".join([*lines, "", *_legend(result), *([_MEANS] if means else [])]) + "\n"
 
 
 def _unequal(weights: dict) -> str:

@@ -3,11 +3,15 @@
 from .metrics import (
     CameraErrors,
     DepthErrors,
+    MaskScores,
     Similarity,
     camera_errors,
     depth_errors,
+    frame_ious,
     mask_counts,
     mask_iou,
+    mask_scores,
+    mean_depth_errors,
     relative_pose_errors,
     similarity,
 )
@@ -15,11 +19,15 @@ from .metrics import (
 __all__ = [
     "CameraErrors",
     "DepthErrors",
+    "MaskScores",
     "Similarity",
     "camera_errors",
     "depth_errors",
+    "frame_ious",
     "mask_counts",
     "mask_iou",
+    "mask_scores",
+    "mean_depth_errors",
     "relative_pose_errors",
     "similarity",
 ]

@@ -5,12 +5,14 @@ Poses are camera-to-world ``[T, 4, 4]`` in OpenCV axes. Lengths come out in the 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 Array = NDArray[np.float64]
+Alignment = Literal["median", "scale", "scale_and_shift", "least_squares", "metric", "none"]
 _FLAT = 1e-9  # a spread below this share of the coordinates is rounding
 
 
@@ -47,6 +49,17 @@ class DepthErrors(NamedTuple):
     abs_rel: float  # |predicted - true| / true
     delta: float  # share of pixels with max(predicted / true, true / predicted) < 1.25
     scale: float  # that the prediction was multiplied with
+    shift: float = 0.0  # that was added to it then
+    pixels: int = 0  # valid ones
+
+
+class MaskScores(NamedTuple):
+    """Motion masks of several clips; each field is how somebody averages their IoU."""
+
+    pixels: float  # of all pixels of all clips together
+    frames: float  # of each frame, mean over the frames of all clips: Easi3R's JM
+    sequences: float  # of each frame, mean over a clip's frames and then over the clips: VGGT4D's and DAVIS' JM
+    recall: float  # share of a clip's frames with an IoU above 0.5, mean over the clips: JR
 
 
 def similarity(source: ArrayLike, target: ArrayLike, *, with_scale: bool = True) -> Similarity:
@@ -120,21 +133,38 @@ def depth_errors(
     true: ArrayLike,
     *,
     valid: ArrayLike | None = None,
-    align: Literal["median", "scale", "none"] = "median",
+    align: Alignment = "median",
+    max_depth: float | None = None,
+    clip_max: float | None = None,
 ) -> DepthErrors:
-    """AbsRel and delta < 1.25 of a clip's depth, after one scaling for the whole clip.
+    """AbsRel and delta < 1.25 of a clip's depth, after one alignment for the whole clip.
+
+    The protocol of the field for Sintel is ``max_depth=70, clip_max=70``, for Bonn ``max_depth=70``, for KITTI neither,
+    each with ``"scale"``, ``"scale_and_shift"`` or ``"metric"`` (CUT3R's evaluation, which is MonST3R's; StreamVGGT's,
+    TTT3R's and MoRe's follow it). Averages over clips are weighted by pixels: :func:`mean_depth_errors`.
 
     Args:
         predicted, true: any shape, alike; pixels without a finite true depth > 0 do not count.
         valid: bool, alike: pixels that count.
-        align: ``"median"``: times the ratio of the medians; ``"scale"``: times the factor of least squared error;
-            ``"none"``.
+        align: ``"median"``: times the ratio of the medians, of the lower one where there are two; ``"scale"``: times a
+            factor of small absolute error, by ten reweighted (Weiszfeld) steps from the ratio of the means, at least
+            0.001; ``"scale_and_shift"``: a factor and an offset by 1000 steps of Adam for the absolute error, from the
+            ratio of the medians and 0. A step moves each by about 0.0001, so that both stay near where they began: the
+            field's figures are of that. ``"least_squares"``: times the factor of least squared error; ``"metric"`` or
+            ``"none"``: as it is.
+        max_depth: pixels with at least this true depth do not count.
+        clip_max: what larger predictions are set to, after the alignment.
 
     Raises:
-        ValueError: the shapes differ, no pixel counts, or a prediction that counts is not finite.
+        ValueError: the shapes differ, no pixel counts, a prediction that counts is not finite, or a limit is not > 0.
     """
     predicted, true = np.asarray(predicted, np.float64), np.asarray(true, np.float64)
+    for name, limit in (("max_depth", max_depth), ("clip_max", clip_max)):
+        if limit is not None and not limit > 0:
+            raise ValueError(f"{name} must be None or > 0, got {limit!r}.")
     chosen = np.isfinite(true) & (true > 0)
+    if max_depth is not None:
+        chosen &= true < max_depth
     if valid is not None:
         chosen &= np.asarray(valid, bool)
     if predicted.shape != true.shape:
@@ -144,18 +174,88 @@ def depth_errors(
     predicted, true = predicted[chosen], true[chosen]
     if not np.isfinite(predicted).all():
         raise ValueError(f"predicted must be finite, got {int((~np.isfinite(predicted)).sum())} depths that are not.")
-    if align == "median":
-        factor = np.median(true) / np.median(predicted)
-    elif align == "scale":
-        factor = (predicted * true).sum() / (predicted**2).sum()
-    elif align == "none":
-        factor = 1.0
-    else:
-        raise ValueError(f"align must be 'median', 'scale' or 'none', got {align!r}.")
-    scaled = predicted * factor
+    if align not in _ALIGNMENTS:
+        raise ValueError(f"align must be one of {list(_ALIGNMENTS)}, got {align!r}.")
+    with np.errstate(divide="ignore", invalid="ignore"):
+        factor, shift = _ALIGNMENTS[align](predicted, true)
+    if not (np.isfinite(factor) and np.isfinite(shift)):
+        raise ValueError(f"predicted can't be aligned by {align!r}: its depths give a factor of {factor}.")
+    scaled = predicted * factor + shift
+    if clip_max is not None:
+        scaled = np.minimum(scaled, clip_max)
     with np.errstate(divide="ignore"):
         ratio = np.where(scaled > 0, np.maximum(scaled / true, true / scaled), np.inf)
-    return DepthErrors(float((np.abs(scaled - true) / true).mean()), float((ratio < 1.25).mean()), float(factor))
+    relative = float((np.abs(scaled - true) / true).mean())
+    return DepthErrors(relative, float((ratio < 1.25).mean()), float(factor), float(shift), len(true))
+
+
+def mean_depth_errors(errors: Sequence[DepthErrors]) -> DepthErrors:
+    """Mean of AbsRel and delta over clips, weighted by their valid pixels; scale and shift of several are NaN.
+
+    Raises:
+        ValueError: there is no clip, or none has a pixel.
+    """
+    pixels = np.array([e.pixels for e in errors])
+    if not pixels.sum():
+        raise ValueError(f"errors must be of clips with valid pixels, got {len(errors)} clips without.")
+    abs_rel, delta = (float((pixels * [getattr(e, n) for e in errors]).sum() / pixels.sum()) for n in _DEPTH_MEANS)
+    scale, shift = errors[0][2:4] if len(errors) == 1 else (np.nan, np.nan)
+    return DepthErrors(abs_rel, delta, scale, shift, int(pixels.sum()))
+
+
+def _median(x: Array) -> float:
+    return float(np.partition(x, (len(x) - 1) // 2)[(len(x) - 1) // 2])
+
+
+def _by_median(predicted: Array, true: Array) -> tuple[float, float]:
+    return _median(true) / np.float64(_median(predicted)), 0.0
+
+
+def _by_weiszfeld(predicted: Array, true: Array) -> tuple[float, float]:
+    """Weiszfeld, "Sur le point pour lequel la somme des distances de n points donnes est minimum", 1937: each step is a
+    least squares one whose weights are the inverse of the last distances."""
+    factor = true.mean() / predicted.mean()
+    for _ in range(10):
+        weight = 1 / (np.abs(factor * predicted - true) + 1e-8)
+        factor = (weight * predicted * true).sum() / (weight * predicted**2).sum()
+    return max(float(factor), 1e-3), 0.0
+
+
+def _by_adam(predicted: Array, true: Array) -> tuple[float, float]:
+    """Kingma and Ba, "Adam", 2015, algorithm 1, with a step of 1e-4 and its other settings as published."""
+    x = np.array([_by_median(predicted, true)[0], 0.0])
+    mean, square, last = np.zeros(2), np.zeros(2), np.inf
+    for step in range(1, 1001):
+        residual = x[0] * predicted + x[1] - true
+        sign = np.sign(residual)
+        gradient = np.array([(sign * predicted).sum(), sign.sum()])
+        mean, square = 0.9 * mean + 0.1 * gradient, 0.999 * square + 0.001 * gradient**2
+        x = x - 1e-4 * (mean / (1 - 0.9**step)) / (np.sqrt(square / (1 - 0.999**step)) + 1e-8)
+        loss = np.abs(residual).sum()
+        if abs(last - loss) < 1e-6:
+            break
+        last = loss
+    return float(x[0]), float(x[1])
+
+
+def _by_least_squares(predicted: Array, true: Array) -> tuple[float, float]:
+    return (predicted * true).sum() / (predicted**2).sum(), 0.0
+
+
+def _as_it_is(predicted: Array, true: Array) -> tuple[float, float]:
+    return 1.0, 0.0
+
+
+_ALIGNMENTS = {
+    "median": _by_median,
+    "scale": _by_weiszfeld,
+    "scale_and_shift": _by_adam,
+    "least_squares": _by_least_squares,
+    "metric": _as_it_is,
+    "none": _as_it_is,
+}
+ALIGNMENTS = tuple(_ALIGNMENTS)
+_DEPTH_MEANS = ("abs_rel", "delta")
 
 
 def mask_counts(predicted: ArrayLike, true: ArrayLike) -> tuple[int, int]:
@@ -178,6 +278,54 @@ def mask_iou(predicted: ArrayLike, true: ArrayLike) -> float:
     """Intersection over union of all pixels; 1 where both masks are empty. Errors as :func:`mask_counts`."""
     inter, union = mask_counts(predicted, true)
     return inter / union if union else 1.0
+
+
+def frame_ious(predicted: ArrayLike, true: ArrayLike, *, empty: float = 1.0) -> Array:
+    """IoU of each frame, ``[T]``, of masks ``[T, H, W]``.
+
+    Args:
+        empty: for a frame in which both masks are: 1 as DAVIS counts it, 0 as VGGT4D's code does, NaN to leave it out.
+
+    Raises:
+        ValueError: the shapes differ or are not ``[T, H, W]``.
+        TypeError: a mask is not bool.
+    """
+    mask_counts(predicted, true)  # for its errors
+    predicted, true = np.asarray(predicted), np.asarray(true)
+    if true.ndim != 3:
+        raise ValueError(f"predicted and true must be masks [T, H, W], got {true.shape}.")
+    inter, union = (predicted & true).sum((1, 2)), (predicted | true).sum((1, 2))
+    return np.where(union > 0, inter / np.maximum(union, 1), empty)
+
+
+def mask_scores(predicted: Sequence[ArrayLike], true: Sequence[ArrayLike], *, empty: float = 1.0) -> MaskScores:
+    """The three means of the IoU that are in use, and the recall; masks of one clip after the other, ``[T, H, W]``.
+
+    Args:
+        empty: as of :func:`frame_ious`.
+
+    Raises:
+        ValueError: not as many clips in both, or none; and as :func:`frame_ious`.
+    """
+    if len(predicted) != len(true) or not len(true):
+        raise ValueError(f"predicted and true must be as many clips, at least 1, got {len(predicted)} and {len(true)}.")
+    pairs = list(zip(predicted, true, strict=True))
+    inter, union = np.sum([mask_counts(p, t) for p, t in pairs], 0)
+    return scores_of([frame_ious(p, t, empty=empty) for p, t in pairs], int(inter), int(union))
+
+
+def scores_of(ious: Sequence[Array], inter: int, union: int) -> MaskScores:
+    """From the IoU of each frame, ``[T]`` a clip, NaN for one that does not count, and the pixels of all of them."""
+    clips = [x[np.isfinite(x)] for x in ious]
+    known = [x for x in clips if len(x)]
+    if not known:
+        return MaskScores(inter / union if union else 1.0, np.nan, np.nan, np.nan)
+    return MaskScores(
+        inter / union if union else 1.0,
+        float(np.concatenate(known).mean()),
+        float(np.mean([x.mean() for x in known])),
+        float(np.mean([(x > 0.5).mean() for x in known])),
+    )
 
 
 def _poses(predicted: ArrayLike, true: ArrayLike, step: int) -> tuple[Array, Array]:

@@ -98,7 +98,7 @@ def feature_moments(parts: Sequence[Tensor], y: Tensor, method: str = "auto") ->
         covariance = _COVARIANCE_COST["kernel" if kernel else "torch"] * features * (num_rows + num_columns)
         method = "covariance" if covariance < num_rows * num_columns else "stream"
     centre = y.mean(1, keepdim=True)  # a large common offset would drown the deviations
-    if method == "stream" and kernel:
+    if method == "stream" and kernel and features:  # a kernel that adds up no features would write nothing
         if y.device.type == "cpu":
             parts = [x.float() for x in parts]
         return Moments(num_columns, *torch.ops.gate4d.cross_moments(list(parts), y, centre[:, 0]))

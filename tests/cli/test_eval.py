@@ -197,6 +197,40 @@ def test_nothing_to_measure_is_status_1(capsys):
     assert "skipped, --unforced names no weights" in capsys.readouterr().out
 
 
+def test_quick_is_short_and_says_how_depth_was_aligned(weights, tmp_path, capsys):
+    """Few clips and frames, whatever is not asked for; every alignment; the means of the masks."""
+    out = tmp_path / "out.json"
+    common = ["eval", "--quick", "--json", str(out), "--alternating", str(weights["alternating"])]
+    common += ["--recurrent", str(weights["recurrent"]), "--size", "16", "24"]
+    assert main([*common, "--align", "scale_and_shift"]) == 0
+    assert "aligned once a clip (scale and shift)" in " ".join(capsys.readouterr().out.split())
+    result = json.loads(out.read_text())
+    assert (result["clips"], result["long_clips"], result["align"]) == (3, 1, "scale_and_shift")
+    measured = [row for row in result["rows"] if not row["skipped"]]
+    assert {row["frames"] for row in measured} == {8, 10}
+    assert {s.name for s in systems() if "forc" not in s.name} == {row["system"] for row in measured}
+    for row in measured:
+        for name in ("iou_frames", "iou_sequences", "iou_recall"):
+            assert 0 <= row[name] <= 1
+    assert main(["eval", "--markdown", str(out)]) == 0
+    assert "| JM f | JM s | JR |" in capsys.readouterr().out
+    assert main([*common, "--clips", "2", "--only", "MoRe, frame-causal"]) == 0
+    assert json.loads(out.read_text())["clips"] == 2
+
+
+def test_depth_of_a_row_is_weighted_by_valid_pixels(clips):
+    """A clip without truth in most of its pixels counts less; masks are averaged in three ways."""
+    first = clips[0]._replace(depth=clips[0].depth.clone())
+    first.depth[:, :, 4:] = torch.inf
+    off = knowing(depth=lambda d: np.where(np.isfinite(d), d, 1.0) * np.linspace(1, 2, d.size).reshape(d.shape))
+    row = measure(off, None, [first, clips[1]], [6], align="metric")[0]
+    pixels = [int(first.depth.isfinite().sum()), clips[1].depth.numel()]
+    assert pixels[0] < pixels[1]
+    np.testing.assert_allclose(row.abs_rel, np.average(row.per_clip["abs_rel"], weights=pixels))
+    assert row.abs_rel != pytest.approx(np.mean(row.per_clip["abs_rel"]))
+    assert row.iou == row.iou_frames == row.iou_sequences == row.iou_recall == 1
+
+
 def test_table_fits_whatever_the_figures():
     row = {"group": "alternating model", "frames": 300, "note": "", "skipped": None}
     figures = dict.fromkeys(("ate", "rpe_translation"), 0.9999) | {"rpe_rotation": 179.99, "abs_rel": 12.345}

@@ -92,11 +92,9 @@ def _leaf_grads(case: Case, x: Drawn, found: dict[str, Expected]) -> dict[str, E
             slope = -case.strength * static ** (case.strength - 1) if case.strength else np.zeros_like(static)
         slope = np.where(static > 0, slope, -1.0 if case.strength == 1 else 0.0)
         of = found["output_scale"]
-        u = PRECISIONS[case.dtype].u
-        grads["query_motion"] = Expected(
-            of.value * slope, of.allowed * np.abs(slope) + 16 * (1 + case.strength) * u * np.abs(of.value * slope),
-            of.status,
-        )  # fmt: skip
+        value, precision = of.value * slope, PRECISIONS[case.dtype]
+        rounded = 16 * (1 + case.strength) * precision.u * np.abs(value) + precision.tiny
+        grads["query_motion"] = Expected(value, of.allowed * np.abs(slope) + rounded, of.status)
     return grads
 
 

@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 
 Array = NDArray[np.float64]
 EXACT, FREE, NAN = 0, 1, 2  # within the allowed distance; anything; not a number
+_FAINT = 2.0**-100  # a probability that some kernel may have flushed to 0
 _LARGEST_EXPONENT = 600.0  # exponentials beyond are infinite in every dtype of the kernels
 
 
@@ -167,7 +168,9 @@ class Attention:
         self.row_must = ((bad[..., None] | bad_key[:, :, None]) & strict).any(3)
         self.row_may = ((bad | odd)[..., None] | (bad_key | odd_key)[:, :, None]) & self.seen
         self.row_may = self.row_may.any(3)
-        weighed = (self.seen & self.positive).astype(float)
+        # Where a probability is 0 by underflow it is open whether a NaN of its value arrives.
+        self.counts = self.seen & self.positive & (self.prob > _FAINT)
+        weighed = self.counts.astype(float)
         sees = self.seen.astype(float)
         out_must = self.row_must[..., None] | (weighed @ self.v_nan.astype(float) > 0)
         out_may = self.row_may[..., None] | (sees @ (self.v_nan | self.v_inf).astype(float) > 0)
@@ -249,7 +252,7 @@ class Attention:
         row_grad_must = (g_nan.any(3) | l_nan) | self.row_must
         row_grad_may = (g_nan | g_inf).any(3) | l_nan | l_inf | self.row_may
         v_must, v_may = self.v_nan.any(3)[:, :, None], (self.v_nan | self.v_inf).any(3)[:, :, None]
-        row_grad_must = (row_grad_must & self.strict.any(3)) | (v_must & self.seen & self.positive).any(3)
+        row_grad_must = self.row_must | (row_grad_must & self.counts.any(3)) | (v_must & self.counts).any(3)
         row_grad_may = (row_grad_may & self.seen.any(3)) | (v_may & self.seen).any(3)
 
         def down(flags: NDArray, sight: NDArray) -> NDArray:
@@ -266,14 +269,15 @@ class Attention:
         )
         dk = p.scale * (ds.swapaxes(2, 3) @ self.q)
         dk_error = scale * ((ds_error + gamma(num_queries) * u * size_ds).swapaxes(2, 3) @ size_q)
-        key_flags = down(row_grad_must, self.strict), down(row_grad_may, self.seen)
+        key_must = down(self.row_must, self.strict) | down(row_grad_must, self.counts)
+        key_flags = key_must, down(row_grad_may, self.seen)
         grads["k"] = finish(dk, dk_error, *(np.broadcast_to(f[..., None], dk.shape) for f in key_flags))
         dv = self.prob.swapaxes(2, 3) @ grad_out
         flushed = np.where(shown, eps.tiny_d if rounding else eps.tiny, 0.0)
         moved = prob_error + (rounding + gamma(num_queries) * u) * self.prob + flushed
         dv_error = moved.swapaxes(2, 3) @ (size_g + g_error) + self.prob.swapaxes(2, 3) @ g_error
         must = down(self.row_must, self.strict)[..., None]
-        weighed = (self.seen & self.positive).swapaxes(2, 3).astype(float)
+        weighed = self.counts.swapaxes(2, 3).astype(float)
         must = must | (weighed @ g_nan.astype(float) > 0)
         may = down(self.row_may, self.seen)[..., None]
         may = may | (self.seen.swapaxes(2, 3).astype(float) @ (g_nan | g_inf).astype(float) > 0)
@@ -338,7 +342,7 @@ def received(p: Problem, lse: Array) -> dict[str, Expected]:
     m2_error = (2 * np.abs(deviation) * off + off**2).sum((1, 2)) + gamma(count) * u * m2 + eps.tiny * count
     # A row whose lse is no number spoils the keys that it sees.
     bad = np.isnan(lse) | a.row_must | (lse == np.inf)
-    must = (bad[..., None] & a.strict).any((1, 2))
+    must = (bad[..., None] & a.seen & a.positive).any((1, 2))
     may = ((bad | a.row_may)[..., None] & a.seen).any((1, 2))
     return {"mean": Expected(mean, mean_error, status(must, may)), "m2": Expected(m2, m2_error, status(must, may))}
 

@@ -205,6 +205,13 @@ def test_algebra(seed, cut):
     torch.testing.assert_close(cross_moments(x[:1], y[:1]).m2, whole.m2[:1], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("method", ["auto", "stream", "covariance"])
+def test_products_without_features_are_0(method, poisoned_memory):
+    moments = cross_moments(torch.randn(2, 2, 3, 0), torch.randn(2, 2, 5, 0), method=method)
+    assert torch.equal(moments.mean, torch.zeros(2, 3))
+    assert torch.equal(moments.m2, torch.zeros(2, 3))
+
+
 def test_bad_arguments_are_named():
     (x,), (y,) = features(1, 2, 5, 4), features(1, 2, 6, 4)
     with pytest.raises(ValueError, match="method"):
