@@ -6,7 +6,7 @@
 
 #include <vector>
 
-#include "../csrc/cuda/norm_rope.cuh"
+#include "../../csrc/cuda/norm_rope.cuh"
 
 using namespace gate4d;
 
