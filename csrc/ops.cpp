@@ -1,4 +1,4 @@
-// Registrations through torch's stable ABI. Schemas, fake kernels and autograd are in gate4d/ops.py.
+// Registrations through torch's stable ABI. Schemas, fake kernels and autograd are in kernels/<operation>/op.py.
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/library.h>
@@ -17,14 +17,17 @@
 #include <tuple>
 #include <vector>
 
+#include "checks.h"
 #include "cpu/gate_input.h"
 #include "cpu/kernels.h"
 
 namespace {
 
+using gate4d::ANY;
 using gate4d::DType;
-using torch::stable::Tensor;
-using Optional = std::optional<Tensor>;
+using gate4d::expect;
+using gate4d::Optional;
+using gate4d::Tensor;
 
 // One growing buffer a thread, kept between calls: small calls would spend more time in the allocator.
 class ThreadScratch {
@@ -77,7 +80,7 @@ void run_tasks(int64_t tasks, int64_t scratch_bytes, const F& task) {
   take_over();
 }
 
-DType dtype_of(const Tensor& x) {
+DType dtype_of(const Tensor& x, const char* name) {
   switch (x.scalar_type()) {
     case torch::headeronly::ScalarType::Float:
       return DType::f32;
@@ -86,9 +89,31 @@ DType dtype_of(const Tensor& x) {
     case torch::headeronly::ScalarType::Half:
       return DType::f16;
     default:
-      STD_TORCH_CHECK(false, "gate4d: q, k and v must be float32, bfloat16 or float16");
+      gate4d::fail(name, " must be float32, bfloat16 or float16, got ", gate4d::dtype_name(gate4d::dtype_code(x)), '.');
   }
 }
+
+// Sizes of queries and keys that fit together.
+struct Sizes {
+  int64_t batch, heads, queries, keys, dim;
+  int32_t code;
+  DType dtype;
+
+  Sizes(const Tensor& q, const Tensor& k) : code(gate4d::dtype_code(q)), dtype(dtype_of(q, "q")) {
+    const int64_t* const n = expect(q, "q", code, {ANY, ANY, ANY, ANY});
+    batch = n[0], heads = n[1], queries = n[2], dim = n[3];
+    keys = expect(k, "k", code, {batch, heads, ANY, dim})[2];
+    for (int64_t size : {batch, heads, queries, keys})
+      gate4d::expect_size("each of B, H, Nq and Nk", size, gate4d::MAX_SIZE);
+    gate4d::expect_size("the head dimension", dim, gate4d::MAX_DIM);
+  }
+
+  int64_t expect_values(const Tensor& v) const {
+    const int64_t value_dim = expect(v, "v", code, {batch, heads, keys, ANY})[3];
+    gate4d::expect_size("the head dimension of v", value_dim, gate4d::MAX_DIM);
+    return value_dim;
+  }
+};
 
 // Kernels read any strides but a last one other than 1.
 Tensor with_unit_stride(const Tensor& x) {
@@ -106,10 +131,8 @@ Tensor empty(const int64_t (&shape)[N], const int64_t (&strides)[N], int32_t dty
   return Tensor(made);
 }
 
-// [B, H, N, D] over [B, N, H, D] memory; see empty_heads_last in gate4d/ops.py.
-Tensor empty_heads_last(const Tensor& like, int64_t batch, int64_t heads, int64_t tokens, int64_t dim) {
-  int32_t dtype;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(like.get(), &dtype));
+// [B, H, N, D] over [B, N, H, D] memory, as the fake kernels promise.
+Tensor empty_heads_last(int32_t dtype, int64_t batch, int64_t heads, int64_t tokens, int64_t dim) {
   const int64_t d = std::max<int64_t>(dim, 1), h = std::max<int64_t>(heads, 1) * d;
   return empty({batch, heads, tokens, dim}, {std::max<int64_t>(tokens, 1) * h, d, h, 1}, dtype);
 }
@@ -127,19 +150,44 @@ const T* data_or_null(const Optional& x) {
   return x ? (const T*)x->data_ptr() : nullptr;
 }
 
-// Keeps contiguous copies alive as long as the kernels' view of them.
+Optional dense(const Optional& x) { return x ? Optional(torch::stable::contiguous(*x)) : x; }
+
+// Checked. Keeps contiguous copies alive as long as the kernels' view of them.
 struct GateTensors {
   Optional query_score, key_score, dropped, bounds;
-  gate4d::PreparedGate prepared;
+  int64_t bounds_batch = 1;
 
-  GateTensors(const Tensor& q, const Tensor& k, const Optional& a, const Optional& b, const Optional& drop,
-              const Optional& visible, double strength, bool renormalize)
-      : query_score(dense(a)), key_score(dense(b)), dropped(dense(drop)), bounds(dense(visible)),
-        prepared({(int)q.size(0), (int)q.size(2), (int)k.size(2), data_or_null<float>(query_score),
-                  data_or_null<float>(key_score), data_or_null<bool>(dropped), data_or_null<int32_t>(bounds),
-                  bounds ? (int)bounds->size(0) : 1, (float)strength, renormalize}) {}
+  GateTensors(const Sizes& n, const Optional& a, const Optional& b, const Optional& drop, const Optional& visible,
+              double strength)
+      : query_score(scores(a, "query_score", n.batch, n.queries)),
+        key_score(scores(b, "key_score", n.batch, n.keys)) {
+    gate4d::expect_strength(strength);
+    if (drop) {
+      expect(*drop, "dropped_keys", aoti_torch_dtype_bool(), {n.batch, n.keys});
+      dropped = dense(drop);
+    }
+    if (!visible) return;
+    bounds_batch = expect(*visible, "bounds", aoti_torch_dtype_int32(), {ANY, 3, n.queries})[0];
+    if (bounds_batch != 1 && bounds_batch != n.batch)
+      gate4d::fail("bounds must have a batch of 1 or ", n.batch, ", got ", bounds_batch, '.');
+    bounds = dense(visible);
+    gate4d::expect_bounds(data_or_null<int32_t>(bounds), bounds_batch, n.queries, n.keys);
+  }
 
-  static Optional dense(const Optional& x) { return x ? Optional(torch::stable::contiguous(*x)) : x; }
+  gate4d::GateInput input(const Sizes& n, double strength, bool renormalize, bool squares) const {
+    return {(int)n.batch, (int)n.queries, (int)n.keys, data_or_null<float>(query_score), data_or_null<float>(key_score),
+            data_or_null<uint8_t>(dropped), data_or_null<int32_t>(bounds), (int)bounds_batch, (float)strength,
+            renormalize, squares ? gate4d::SMALLEST_SQUARED_WEIGHT : gate4d::SMALLEST_WEIGHT};
+  }
+
+ private:
+  static Optional scores(const Optional& x, const char* name, int64_t batch, int64_t tokens) {
+    if (!x) return x;
+    expect(*x, name, aoti_torch_dtype_float32(), {batch, tokens});
+    const Optional score = dense(x);
+    gate4d::expect_scores(name, data_or_null<float>(score), batch * tokens);
+    return score;
+  }
 };
 
 // Work is cut for this many threads whatever their number is, so that results are the same with any.
@@ -156,13 +204,17 @@ int panels_per_task(int64_t heads, int64_t queries, int64_t floats_per_query, in
 std::tuple<Tensor, Tensor, Tensor> attention_forward(Tensor q, Tensor k, Tensor v, Optional query_score,
                                                      Optional key_score, Optional dropped_keys, Optional bounds,
                                                      double scale, double strength, bool renormalize, bool row_stats) {
+  const Sizes n(q, k);
+  const auto [batch, heads, queries, keys, dim, code, dtype] = n;
+  const int64_t value_dim = n.expect_values(v);
+  gate4d::expect_finite("scale", scale);
+  const GateTensors tensors(n, query_score, key_score, dropped_keys, bounds, strength);
   q = with_unit_stride(q), k = with_unit_stride(k), v = with_unit_stride(v);
-  const int64_t batch = q.size(0), heads = q.size(1), queries = q.size(2), keys = k.size(2);
-  const Tensor out = empty_heads_last(q, batch, heads, queries, v.size(3));
+  const Tensor out = empty_heads_last(code, batch, heads, queries, value_dim);
   const Tensor lse = new_floats({batch, heads, queries});
   const Tensor stats = row_stats ? new_floats({3, batch, heads, queries}) : new_floats({0});
   if (batch * heads * queries == 0) return {out, lse, stats};
-  const GateTensors gate(q, k, query_score, key_score, dropped_keys, bounds, strength, renormalize);
+  const gate4d::PreparedGate prepared(tensors.input(n, strength, renormalize, row_stats));
   const gate4d::Kernels& kernels = gate4d::kernels();
 
   gate4d::AttentionForward f{};
@@ -170,10 +222,10 @@ std::tuple<Tensor, Tensor, Tensor> attention_forward(Tensor q, Tensor k, Tensor 
   f.lse = (float*)lse.data_ptr();
   f.stats = row_stats ? (float*)stats.data_ptr() : nullptr;
   f.batch = (int)batch, f.heads = (int)heads, f.queries = (int)queries, f.keys = (int)keys;
-  f.head_dim = (int)q.size(3), f.value_dim = (int)v.size(3);
-  f.dtype = dtype_of(q);
+  f.head_dim = (int)dim, f.value_dim = (int)value_dim;
+  f.dtype = dtype;
   f.scale = (float)scale;
-  f.gate = gate.prepared.gate;
+  f.gate = prepared.gate;
   f.panels = panels_per_task(batch * heads, queries, f.head_dim + f.value_dim, kernels.panel);
   const int64_t block = (int64_t)f.panels * kernels.panel;
   run_tasks(batch * heads * ((queries + block - 1) / block), kernels.forward_scratch(f),
@@ -195,12 +247,21 @@ using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
 Gradients attention_backward(Tensor grad_out, Optional grad_lse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse,
                              Optional query_score, Optional key_score, Optional dropped_keys, Optional bounds,
                              double scale, double strength, bool renormalize, bool score_grads) {
+  const Sizes n(q, k);
+  const auto [batch, heads, queries, keys, dim, code, dtype] = n;
+  const int64_t value_dim = n.expect_values(v);
+  const int32_t fp32 = aoti_torch_dtype_float32();
+  expect(grad_out, "grad_out", code, {batch, heads, queries, value_dim});
+  expect(out, "out", code, {batch, heads, queries, value_dim});
+  expect(lse, "lse", fp32, {batch, heads, queries});
+  if (grad_lse) expect(*grad_lse, "grad_lse", fp32, {batch, heads, queries});
+  gate4d::expect_finite("scale", scale);
+  const GateTensors tensors(n, query_score, key_score, dropped_keys, bounds, strength);
   q = with_unit_stride(q), k = with_unit_stride(k), v = with_unit_stride(v);
   grad_out = with_unit_stride(grad_out), out = with_unit_stride(out), lse = torch::stable::contiguous(lse);
-  const int64_t batch = q.size(0), heads = q.size(1), queries = q.size(2), keys = k.size(2);
-  Tensor grad_q = empty_heads_last(q, batch, heads, queries, q.size(3));
-  Tensor grad_k = empty_heads_last(k, batch, heads, keys, k.size(3));
-  Tensor grad_v = empty_heads_last(v, batch, heads, keys, v.size(3));
+  Tensor grad_q = empty_heads_last(code, batch, heads, queries, dim);
+  Tensor grad_k = empty_heads_last(code, batch, heads, keys, dim);
+  Tensor grad_v = empty_heads_last(code, batch, heads, keys, value_dim);
   for (Tensor* x : {&grad_q, &grad_k, &grad_v}) torch::stable::zero_(*x);
   const auto score_like = [&](const Optional& score) {
     if (!score_grads || !score) return new_floats({0});
@@ -211,18 +272,18 @@ Gradients attention_backward(Tensor grad_out, Optional grad_lse, Tensor q, Tenso
   const Tensor grad_query_score = score_like(query_score), grad_key_score = score_like(key_score);
   if (batch * heads * queries * keys == 0) return {grad_q, grad_k, grad_v, grad_query_score, grad_key_score};
 
-  const GateTensors gate(q, k, query_score, key_score, dropped_keys, bounds, strength, renormalize);
-  const gate4d::Gate& g = gate.prepared.gate;
+  const gate4d::PreparedGate prepared(tensors.input(n, strength, renormalize, false));
+  const gate4d::Gate& g = prepared.gate;
   const gate4d::Kernels& kernels = gate4d::kernels();
   gate4d::AttentionBackward f{};
   f.q = heads_of(q), f.k = heads_of(k), f.v = heads_of(v), f.out = heads_of(out), f.grad_out = heads_of(grad_out);
   f.grad_q = heads_of(grad_q), f.grad_k = heads_of(grad_k), f.grad_v = heads_of(grad_v);
-  const Optional dense_grad_lse = GateTensors::dense(grad_lse);
+  const Optional dense_grad_lse = dense(grad_lse);
   f.lse = (const float*)lse.data_ptr();
   f.grad_lse = data_or_null<float>(dense_grad_lse);
   f.batch = (int)batch, f.heads = (int)heads, f.queries = (int)queries, f.keys = (int)keys;
-  f.head_dim = (int)q.size(3), f.value_dim = (int)v.size(3);
-  f.dtype = dtype_of(q);
+  f.head_dim = (int)dim, f.value_dim = (int)value_dim;
+  f.dtype = dtype;
   f.scale = (float)scale;
   f.gate = g;
   f.panels = panels_per_task(batch * heads * queries, queries, 3 * f.head_dim + 2 * f.value_dim, kernels.panel);
@@ -254,7 +315,7 @@ Gradients attention_backward(Tensor grad_out, Optional grad_lse, Tensor q, Tenso
     if (g.query_score != nullptr) {
       sum_heads(query_parts.data(), f.chunks, batch, heads, queries, (float*)grad_query_score.data_ptr());
     } else {
-      gate.prepared.key_weight_to_score(grad);
+      prepared.key_weight_to_score(grad);
     }
   }
   return {grad_q, grad_k, grad_v, grad_query_score, grad_key_score};
@@ -263,12 +324,16 @@ Gradients attention_backward(Tensor grad_out, Optional grad_lse, Tensor q, Tenso
 // Dropped keys are the caller's: once lse is known they concern nothing but their own entries.
 std::tuple<Tensor, Tensor> received_attention(Tensor q, Tensor k, Tensor lse, Optional query_score, Optional key_score,
                                               Optional bounds, double scale, double strength) {
+  const Sizes n(q, k);
+  const auto [batch, heads, queries, keys, dim, code, dtype] = n;
+  expect(lse, "lse", aoti_torch_dtype_float32(), {batch, heads, queries});
+  gate4d::expect_finite("scale", scale);
+  const GateTensors tensors(n, query_score, key_score, Optional(), bounds, strength);
   q = with_unit_stride(q), k = with_unit_stride(k), lse = torch::stable::contiguous(lse);
-  const int64_t batch = q.size(0), heads = q.size(1), queries = q.size(2), keys = k.size(2);
   const Tensor mean = new_floats({batch, heads, keys}), m2 = new_floats({batch, heads, keys});
   if (batch * heads * keys == 0) return {mean, m2};
-  STD_TORCH_CHECK(queries > 0, "gate4d: received_attention needs at least one query");
-  const GateTensors gate(q, k, query_score, key_score, Optional(), bounds, strength, true);
+  if (queries == 0) gate4d::fail("q must have at least one query, got none.");
+  const gate4d::PreparedGate prepared(tensors.input(n, strength, true, false));
   const gate4d::Kernels& kernels = gate4d::kernels();
 
   gate4d::ReceivedAttention f{};
@@ -276,10 +341,10 @@ std::tuple<Tensor, Tensor> received_attention(Tensor q, Tensor k, Tensor lse, Op
   f.lse = (const float*)lse.data_ptr();
   f.mean = (float*)mean.data_ptr(), f.m2 = (float*)m2.data_ptr();
   f.batch = (int)batch, f.heads = (int)heads, f.queries = (int)queries, f.keys = (int)keys;
-  f.head_dim = (int)q.size(3);
-  f.dtype = dtype_of(q);
+  f.head_dim = (int)dim;
+  f.dtype = dtype;
   f.scale = (float)scale;
-  f.gate = gate.prepared.gate;
+  f.gate = prepared.gate;
   f.panels = panels_per_task(batch * heads, keys, f.head_dim, kernels.panel);
   const int64_t block = (int64_t)f.panels * kernels.panel;
   run_tasks(batch * heads * ((keys + block - 1) / block), kernels.received_scratch(f),
@@ -290,24 +355,27 @@ std::tuple<Tensor, Tensor> received_attention(Tensor q, Tensor k, Tensor lse, Op
 // Moments over the rows of y of the products with the rows of x, whose features are those of its parts in order;
 // see gate4d/statistics/cross.py.
 std::tuple<Tensor, Tensor> cross_moments(std::vector<Tensor> x, Tensor y, Tensor centre) {
-  STD_TORCH_CHECK(!x.empty(), "gate4d: cross_moments needs at least one part of x");
+  if (x.empty()) gate4d::fail("x must have at least one part, got none.");
+  const int32_t fp32 = aoti_torch_dtype_float32();
+  const int64_t* const first = expect(x[0], "x[0]", fp32, {ANY, ANY, ANY, ANY});
+  const int64_t batch = first[0], rows = first[2];
+  std::vector<gate4d::Features> parts;
+  int64_t features = 0;
+  for (Tensor& part : x) {
+    const int64_t* const n = expect(part, "each part of x", fp32, {batch, ANY, rows, ANY});
+    const int64_t heads = n[1], dim = n[3];
+    for (int64_t size : {heads, dim, heads * dim, features += heads * dim})
+      gate4d::expect_size("the number of features of x", size, gate4d::MAX_FEATURES);
+    part = with_unit_stride(part);
+    parts.push_back({heads_of(part), (int)heads, (int)dim});
+  }
+  const int64_t columns = expect(y, "y", fp32, {batch, ANY, features})[1];
+  expect(centre, "centre", fp32, {batch, features});
+  for (int64_t size : {batch, rows, columns}) gate4d::expect_size("each of B, Nx and Ny", size, gate4d::MAX_SIZE);
+  if (columns == 0) gate4d::fail("y must have at least one row, got none.");
   y = with_unit_stride(y), centre = torch::stable::contiguous(centre);
-  const int64_t batch = x[0].size(0), rows = x[0].size(2), columns = y.size(1), features = y.size(2);
   const Tensor mean = new_floats({batch, rows}), m2 = new_floats({batch, rows});
   if (batch * rows == 0) return {mean, m2};
-  std::vector<gate4d::Features> parts;
-  int64_t found = 0;
-  for (Tensor& part : x) {
-    STD_TORCH_CHECK(dtype_of(part) == DType::f32 && part.size(0) == batch && part.size(2) == rows,
-                    "gate4d: parts of x must be float32 [B, H, Nx, D] and agree in B and Nx");
-    part = with_unit_stride(part);
-    parts.push_back({heads_of(part), (int)part.size(1), (int)part.size(3)});
-    found += part.size(1) * part.size(3);
-  }
-  STD_TORCH_CHECK(dtype_of(y) == DType::f32 && y.size(0) == batch && columns > 0 && features == found,
-                  "gate4d: y must be float32 [B, Ny, F] with Ny > 0 and the F features of x");
-  STD_TORCH_CHECK(dtype_of(centre) == DType::f32 && centre.size(0) == batch && centre.size(1) == features,
-                  "gate4d: centre must be float32 [B, F]");
   const gate4d::Kernels& kernels = gate4d::kernels();
 
   gate4d::CrossMoments f{};

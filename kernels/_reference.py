@@ -6,21 +6,32 @@ import torch
 from torch import Tensor
 
 
+def _gate_base(query_score: Tensor | None, key_score: Tensor) -> Tensor:
+    """``1 - a_i b_j``, ``[B, Nq or 1, Nk]``."""
+    product = key_score[:, None, :]  # [B, 1, Nk]
+    return 1 - (product if query_score is None else query_score[:, :, None] * product)
+
+
 def gate_weight(query_score: Tensor | None, key_score: Tensor, strength: float) -> Tensor:
     """``(1 - a_i b_j) ** strength``, ``[B, Nq or 1, Nk]``.
 
     The derivative at a weight of 0 is taken as 0 unless ``strength`` is 1: for ``strength < 1`` it is infinite.
     """
-    product = key_score[:, None, :]  # [B, 1, Nk]
-    if query_score is not None:
-        product = query_score[:, :, None] * product  # [B, Nq, Nk]
-    weight = 1 - product
+    weight = _gate_base(query_score, key_score)
     if strength == 1:
         return weight
     if strength == 0:
         return torch.ones_like(weight)
     positive = weight > 0
     return torch.where(positive, torch.where(positive, weight, 1.0) ** strength, 0.0)
+
+
+def gate_log_weight(query_score: Tensor | None, key_score: Tensor, strength: float) -> Tensor:
+    """The logarithm of :func:`gate_weight` for a strength other than 1: -inf at a weight of 0, its derivative 0 there.
+    Powers leave the range of every dtype, their logarithms do not."""
+    base = _gate_base(query_score, key_score)
+    positive = base > 0
+    return torch.where(positive, strength * torch.log(torch.where(positive, base, 1.0)), -torch.inf)
 
 
 def seen(bounds: Tensor, num_keys: int) -> Tensor:

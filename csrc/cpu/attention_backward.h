@@ -16,9 +16,11 @@ using gate4d::AttentionBackward;
 constexpr float LARGEST_EXPONENT = 115.0f;  // a key of weight 0 may have any logit: keep its exponential finite
 
 struct PanelGrad {
-  float shift[PANEL], shift_rest[PANEL];  // -lse in units of log2, and what rounding took from it
+  float lse[PANEL], shift[PANEL], shift_rest[PANEL];  // see Shift
   float delta[PANEL];  // D
   float score[PANEL];  // gradient of a
+  bool far;            // lse is subtracted from the logits beforehand, shifts are 0
+  bool finite;         // no NaN or infinity in what is read of the queries; looked at where keys can be invisible
 };
 
 struct BackwardTile {
@@ -57,34 +59,60 @@ struct BackwardTile {
   }
 };
 
-// Logits and dP to P and dS, in place; gradients of the gate's scores where asked for.
+// Logits less lse, for rows in which that is far. Without a weight below 1 the result is at most 0.
+template <int R>
+void subtract_far_lse(GateKind gate, float* s, int n, float scale, const PanelGrad& grad) {
+  const vf largest = set1(gate == NO_GATE ? 0.0f : __builtin_inff());
+  for (int j = 0; j < n; ++j)
+    GATE4D_UNROLL for (int r = 0; r < R; ++r) {
+      float* at = s + j * PANEL + r * W;
+      store(at, min(largest, rounded(load(at) * scale) - load(grad.lse + r * W)));
+    }
+}
+
+// Logits and dP to P and dS, in place; gradients of the gate's scores where asked for. `scale` is that of the logits, in
+// units of log2 unless the weights fold.
 template <int R, GateKind GATE, bool RENORMALIZE, bool SCORES>
-void differentiate(float* s, float* dp, int n, float factor, const float* b, const PanelQueries& panel, PanelGrad& grad,
+void differentiate(float* s, float* dp, int n, float scale, const float* b, const PanelQueries& panel, PanelGrad& grad,
                    float* grad_b, const Power& strength) {
   vf shift[R], rest[R], delta[R], a[R], score[R];
   GATE4D_UNROLL for (int r = 0; r < R; ++r) {
-    shift[r] = load(grad.shift + r * W);
+    shift[r] = load((folds(GATE) ? grad.lse : grad.shift) + r * W);
     rest[r] = load(grad.shift_rest + r * W);
     delta[r] = load(grad.delta + r * W);
     if (GATE >= PAIR_GATE) a[r] = load(panel.score + r * W);
     if (SCORES) score[r] = vf{};
   }
-  const vf largest = set1(LARGEST_EXPONENT);
+  const vf largest = set1(folds(GATE) ? 0 : LARGEST_EXPONENT);
   for (int j = 0; j < n; ++j) {
     vf key_grad = {};
     GATE4D_UNROLL for (int r = 0; r < R; ++r) {
       float* const sj = s + j * PANEL + r * W;
       float* const dpj = dp + j * PANEL + r * W;
       const vf g = load(dpj);
-      vf log = fma(load(sj), set1(factor), shift[r]) + rest[r];
-      if (GATE != NO_GATE) log = select(log > largest, largest, log);
-      const vf e = exp2(log);
-      if (GATE == NO_GATE) {
+      const vf base = GATE < PAIR_GATE ? set1(b[j]) : fma(a[r], set1(-b[j]), set1(1.0f));
+      vf log;
+      if (folds(GATE)) {
+        const vf logit = fma(load(sj), set1(scale), GATE == KEY_FOLD ? base : log_weight(base, strength));
+        log = (logit - shift[r]) * LOG2E;
+      } else {
+        log = fma(load(sj), set1(scale), shift[r]) + rest[r];
+      }
+      const vf e = exp2(GATE == NO_GATE ? log : min(largest, log));
+      if (GATE == NO_GATE || folds(GATE)) {
+        const vf ds = e * (g - delta[r]);
         store(sj, e);
-        store(dpj, e * (g - delta[r]));
+        store(dpj, ds);
+        if (!SCORES) continue;
+        if (GATE == KEY_FOLD) {
+          key_grad += ds;
+        } else if (GATE == PAIR_FOLD) {
+          const vf slope = select(base > 0.0f, ds / base * strength.exponent, vf{});
+          key_grad = fma(slope, -a[r], key_grad);
+          score[r] = fma(slope, set1(-b[j]), score[r]);
+        }
         continue;
       }
-      const vf base = GATE == KEY_GATE ? set1(b[j]) : fma(a[r], set1(-b[j]), set1(1.0f));
       const vf w = pair_weight<GATE>(base, strength);
       const vf weight_grad = e * (RENORMALIZE ? g - delta[r] : g);
       store(sj, w * e);
@@ -105,11 +133,11 @@ void differentiate(float* s, float* dp, int n, float factor, const float* b, con
 }
 
 template <int R>
-void differentiate_by_gate(GateKind gate, bool renormalize, bool scores, float* s, float* dp, int n, float factor,
+void differentiate_by_gate(GateKind gate, bool renormalize, bool scores, float* s, float* dp, int n, float scale,
                            const float* b, const PanelQueries& panel, PanelGrad& grad, float* grad_b,
                            const Power& strength) {
 #define GATE4D_CALL(kind, renorm, with_scores) \
-  differentiate<R, kind, renorm, with_scores>(s, dp, n, factor, b, panel, grad, grad_b, strength)
+  differentiate<R, kind, renorm, with_scores>(s, dp, n, scale, b, panel, grad, grad_b, strength)
 #define GATE4D_CASE(kind)                                                                          \
   case kind:                                                                                       \
     if (renormalize) return scores ? GATE4D_CALL(kind, true, true) : GATE4D_CALL(kind, true, false); \
@@ -118,6 +146,10 @@ void differentiate_by_gate(GateKind gate, bool renormalize, bool scores, float* 
     GATE4D_CASE(KEY_GATE)
     GATE4D_CASE(PAIR_GATE)
     GATE4D_CASE(PAIR_POWER_GATE)
+    case KEY_FOLD:
+      return scores ? GATE4D_CALL(KEY_FOLD, true, true) : GATE4D_CALL(KEY_FOLD, true, false);
+    case PAIR_FOLD:
+      return scores ? GATE4D_CALL(PAIR_FOLD, true, true) : GATE4D_CALL(PAIR_FOLD, true, false);
     default:
       GATE4D_CALL(NO_GATE, true, false);
   }
@@ -137,18 +169,69 @@ void add_features(const float* a, const float* b, float* c, int rows, int querie
   }
 }
 
+// differentiate_by_gate key by key, with the queries that do not see a key taken out: a NaN of theirs would come
+// through its product with their probability of 0. For tiles in which that can happen.
+template <int R>
+void differentiate_seen(GateKind gate, bool renormalize, bool scores, float* s, float* dp, int n, int first, float scale,
+                        const float* b, const PanelQueries& panel, PanelGrad& grad, float* grad_b,
+                        const Power& strength) {
+  const Seen<R> seen(panel);
+  PanelGrad one = grad;
+  for (int j = 0; j < n; ++j) {
+    for (int r = 0; r < R; ++r) {
+      const vi sees = seen(r, first + j);
+      store(one.lse + r * W, select(sees, load(grad.lse + r * W), set1(__builtin_inff())));
+      store(one.shift + r * W, select(sees, load(grad.shift + r * W), set1(-__builtin_inff())));
+      store(one.shift_rest + r * W, select(sees, load(grad.shift_rest + r * W), vf{}));
+      store(one.delta + r * W, select(sees, load(grad.delta + r * W), vf{}));
+    }
+    differentiate_by_gate<R>(gate, renormalize, scores, s + j * PANEL, dp + j * PANEL, 1, scale, b + j, panel, one,
+                             grad_b + j * W, strength);
+  }
+  memcpy(grad.score, one.score, sizeof grad.score);
+}
+
+// Gradients of keys and values row by row, without the queries that do not see the key.
+void add_seen_rows(const BackwardTile& t, const float* q_rows, const float* grad_rows, int n, int first,
+                   const PanelQueries& panel) {
+  for (int j = 0; j < n; ++j)
+    for (int i = 0; i < panel.rows; ++i) {
+      const int key = first + j;
+      if (key >= panel.sink[i] && (key < panel.start[i] || key >= panel.end[i])) continue;
+      const vf ds = set1(t.ds[j * PANEL + i]), p = set1(t.p[j * PANEL + i]);
+      float *k = t.grad_k + (int64_t)j * t.depth, *v = t.grad_v + (int64_t)j * t.values;
+      for (int d = 0; d < t.depth; d += W) store(k + d, fma(ds, load(q_rows + i * t.depth + d), load(k + d)));
+      for (int d = 0; d < t.values; d += W) store(v + d, fma(p, load(grad_rows + i * t.values + d), load(v + d)));
+    }
+}
+
 template <int R>
 void backward_panel(const AttentionBackward& f, const BackwardTile& t, int i, int first, int n, GateKind gate,
-                    const Power& strength, float factor) {
+                    int& keys_finite, const Power& strength) {
+  float scale = magnitude(f.scale);
+  const bool scores = f.grad_key_weight != nullptr;
   const PanelQueries& panel = t.queries[i];
   const int64_t q = (int64_t)i * t.depth * PANEL, v = (int64_t)i * t.values * PANEL;
   const int rows = round_up(n, J);
   gemm_rows<Float, R>(t.k, t.depth, 1, t.q + q, PANEL, t.p, PANEL, rows, f.head_dim, false);
   gemm_rows<Float, R>(t.v, t.values, 1, t.grad_out + v, PANEL, t.ds, PANEL, rows, f.value_dim, false);
-  if (!panel.interval.sees_all(first, first + n)) hide_invisible<R>(t.p, n, first, panel);
-  differentiate_by_gate<R>(gate, f.gate.renormalize, f.grad_key_weight != nullptr, t.p, t.ds, n, factor, t.b, panel,
-                           t.grads[i], t.grad_b, strength);
-  gemm_rows<Float, R>(t.k, 1, t.depth, t.ds, PANEL, t.grad_q + q, PANEL, round_up(f.head_dim, J), n, true);
+  if (!folds(gate)) {
+    if (t.grads[i].far) subtract_far_lse<R>(gate, t.p, n, scale, t.grads[i]);
+    scale = t.grads[i].far ? LOG2E : scale * LOG2E;
+  }
+  const bool hides = !panel.interval.sees_all(first, first + n);
+  if (hides) hide_invisible<R>(t.p, t.ds, n, first, panel);
+  if (hides && keys_finite < 0) keys_finite = all_finite(t.k, (int64_t)n * t.depth);
+  const bool by_row = hides && !t.grads[i].finite;
+  if (by_row)
+    differentiate_seen<R>(gate, f.gate.renormalize, scores, t.p, t.ds, n, first, scale, t.b, panel, t.grads[i],
+                          t.grad_b, strength);
+  else
+    differentiate_by_gate<R>(gate, f.gate.renormalize, scores, t.p, t.ds, n, scale, t.b, panel, t.grads[i], t.grad_b,
+                             strength);
+  if (hides && !keys_finite) add_seen<Float, R>(t.k, t.depth, t.ds, n, f.head_dim, first, panel, t.grad_q + q);
+  else gemm_rows<Float, R>(t.k, 1, t.depth, t.ds, PANEL, t.grad_q + q, PANEL, round_up(f.head_dim, J), n, true);
+  if (by_row) return add_seen_rows(t, t.q_rows + q, t.grad_rows + v, n, first, panel);
   add_features(t.ds, t.q_rows + q, t.grad_k, rows, panel.rows, t.depth);
   add_features(t.p, t.grad_rows + v, t.grad_v, rows, panel.rows, t.values);
 }
@@ -176,18 +259,22 @@ void read_block(const AttentionBackward& f, const BackwardTile& t, int batch, in
   pack_rows(grad, f.grad_out.token, nullptr, 0, rows, f.value_dim, t.values, t.grad_rows + at_v);
   memset(t.grad_q + at_q, 0, sizeof(float) * t.depth * PANEL);
   PanelGrad& g = t.grads[i];
+  g.far = false;
   for (int j = 0; j < PANEL; ++j) {
-    g.score[j] = g.delta[j] = g.shift_rest[j] = 0;
-    g.shift[j] = -__builtin_inff();  // lanes not in use and rows that see nothing: every exponential is 0
+    const Shift shift(j < rows ? f.lse[row + j] : -__builtin_inff());
+    g.lse[j] = shift.lse, g.shift[j] = shift.base2, g.shift_rest[j] = shift.base2_rest;
+    g.far |= shift.far;
+    g.score[j] = g.delta[j] = 0;
     if (j >= rows) continue;
-    const float lse = f.lse[row + j];
-    if (lse != -__builtin_inff()) {
-      g.shift[j] = -lse * LOG2E;
-      g.shift_rest[j] = (float)(-lse * 1.4426950408889634 - g.shift[j]);
-    }
     g.delta[j] = dot(t.grad_rows + at_v + (int64_t)j * t.values, out + j * f.out.token, f.value_dim) -
                  (f.grad_lse ? f.grad_lse[row + j] : 0);
   }
+  for (int j = 0; g.far && j < PANEL; ++j) g.shift[j] = g.shift_rest[j] = 0;
+  g.finite = true;
+  if (!f.gate.bounds) return;
+  for (int j = 0; j < rows; ++j) g.finite &= g.lse[j] == g.lse[j] && g.delta[j] - g.delta[j] == 0;
+  g.finite = g.finite && all_finite(t.q_rows + at_q, (int64_t)rows * t.depth) &&
+             all_finite(t.grad_rows + at_v, (int64_t)rows * t.values);
 }
 
 // to[row][d] += factor * from[row][d]
@@ -218,7 +305,6 @@ void backward_task(const AttentionBackward& f, int64_t task, Scratch scratch) {
   const int chunk_first = part * chunk, chunk_last = min(keys, chunk_first + chunk);
   const GateKind gate = kind_of(f.gate);
   const Power strength(f.gate.strength);
-  const float factor = log2_factor(f.scale);
   const bool sums = f.dtype != gate4d::DType::f32;
   if (sums) {
     memset(t.sum_k, 0, sizeof(float) * chunk * f.head_dim);
@@ -239,6 +325,7 @@ void backward_task(const AttentionBackward& f, int64_t task, Scratch scratch) {
       for (int first = max(range[0], chunk_first); first < last; first += TILE) {
         const int n = min(TILE, last - first);
         bool packed = false;
+        int keys_finite = -1;
         for (int i = 0; i < panels; ++i) {
           if (!t.queries[i].interval.sees(first, first + n)) continue;
           if (!packed) {
@@ -251,9 +338,9 @@ void backward_task(const AttentionBackward& f, int64_t task, Scratch scratch) {
             if (gate != NO_GATE) read_key_gate(f.gate, gate, batch, f.keys, first, n, t.b);
           }
           const int vectors = (t.queries[i].rows + W - 1) / W;
-          if (vectors == 3) backward_panel<3>(f, t, i, first, n, gate, strength, factor);
-          else if (vectors == 2) backward_panel<2>(f, t, i, first, n, gate, strength, factor);
-          else backward_panel<1>(f, t, i, first, n, gate, strength, factor);
+          if (vectors == 3) backward_panel<3>(f, t, i, first, n, gate, keys_finite, strength);
+          else if (vectors == 2) backward_panel<2>(f, t, i, first, n, gate, keys_finite, strength);
+          else backward_panel<1>(f, t, i, first, n, gate, keys_finite, strength);
         }
         for (int j = 0; packed && j < n; ++j) {
           const int64_t row = kept ? kept[first + j] : first + j, local = first + j - chunk_first;

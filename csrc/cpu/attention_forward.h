@@ -57,12 +57,29 @@ void raise_peak(const float* s, int n, float factor, bool row_stats, Running& ru
     GATE4D_UNROLL for (int r = 0; r < R; ++r) store(out + d * PANEL + r * W, load(out + d * PANEL + r * W) * alpha[r]);
 }
 
+// Takes the peaks from the logits before they are scaled where one is far.
+template <int R>
+bool subtract_far_peak(float* s, int n, float factor, const Running& run) {
+  vi far = {};
+  GATE4D_UNROLL for (int r = 0; r < R; ++r) {
+    const vf peak = load(run.peak + r * W);
+    far |= (peak * factor > FAR) | ((peak * factor < -FAR) & (peak > -__builtin_inff()));
+  }
+  if (!any(far)) return false;
+  GATE4D_UNROLL for (int r = 0; r < R; ++r) {
+    vf peak = load(run.peak + r * W);
+    peak = select(peak == -__builtin_inff(), vf{}, peak);
+    for (int j = 0; j < n; ++j) store(s + j * PANEL + r * W, load(s + j * PANEL + r * W) - peak);
+  }
+  return true;
+}
+
 // Logits of one vector of queries to gated exponentials, in place, with the tile's sums added to the running
 // ones. One vector at a time: the polynomials' coefficients and the sums then stay in registers.
 template <class M, GateKind GATE, bool RENORMALIZE, bool STATS>
-void weigh(float* s, int lane, int n, float factor, const float* b, const PanelQueries& p, const Power& strength,
-           Running& run) {
-  const vf peak = load(run.peak + lane), shift = select(peak == -__builtin_inff(), vf{}, peak * -factor);
+void weigh(float* s, int lane, int n, float factor, const float* peak, const float* b, const PanelQueries& p,
+           const Power& strength, Running& run) {
+  const vf reference = load(peak + lane), shift = select(reference == -__builtin_inff(), vf{}, reference * -factor);
   const vf a = GATE >= PAIR_GATE ? load(p.score + lane) : vf{};
   vf total = {}, mass = {}, entropy = {}, square = {}, largest = load(run.largest + lane);
   s += lane;
@@ -108,18 +125,18 @@ void weigh(float* s, int lane, int n, float factor, const float* b, const PanelQ
 }
 
 template <class M, bool STATS>
-void weigh_by_gate(GateKind gate, bool renormalize, float* s, int lane, int n, float factor, const float* b,
-                   const PanelQueries& p, const Power& strength, Running& run) {
+void weigh_by_gate(GateKind gate, bool renormalize, float* s, int lane, int n, float factor, const float* peak,
+                   const float* b, const PanelQueries& p, const Power& strength, Running& run) {
 #define GATE4D_CASE(kind)                                                                                   \
   case kind:                                                                                                \
-    if (renormalize) return weigh<M, kind, true, STATS>(s, lane, n, factor, b, p, strength, run);           \
-    return weigh<M, kind, false, STATS>(s, lane, n, factor, b, p, strength, run);
+    if (renormalize) return weigh<M, kind, true, STATS>(s, lane, n, factor, peak, b, p, strength, run);     \
+    return weigh<M, kind, false, STATS>(s, lane, n, factor, peak, b, p, strength, run);
   switch (gate) {
     GATE4D_CASE(KEY_GATE)
     GATE4D_CASE(PAIR_GATE)
     GATE4D_CASE(PAIR_POWER_GATE)
     default:
-      weigh<M, NO_GATE, true, STATS>(s, lane, n, factor, b, p, strength, run);
+      weigh<M, NO_GATE, true, STATS>(s, lane, n, factor, peak, b, p, strength, run);
   }
 #undef GATE4D_CASE
 }
@@ -158,27 +175,45 @@ void pack_values(const bf16* from, int64_t stride, const int32_t* index, int fir
 }
 #endif
 
+// What is known of a packed tile of keys.
+struct TileFacts {
+  bool packed, weightless;
+  int values_finite;  // 1 or 0; -1: not looked at, as long as every query sees the tile
+};
+
 template <class M, int R>
 void forward_panel(const AttentionForward& f, const ForwardTile<M>& t, int panel, int first, int n, GateKind gate,
-                   bool weightless, const Power& strength, float factor) {
+                   TileFacts& facts, const Power& strength, float factor) {
   const PanelQueries& p = t.queries[panel];
   Running& run = t.running[panel];
   float* out = t.out + (int64_t)panel * t.values * PANEL;
+  const bool hides = !p.interval.sees_all(first, first + n);
+  const int pairs = (n + M::pack - 1) / M::pack;
   gemm_rows<M, R>(t.k, t.depth, 1, t.q + (int64_t)panel * t.depth * PANEL, PANEL, t.s, PANEL, round_up(n, J), t.depth,
                   false);
-  if (!p.interval.sees_all(first, first + n)) hide_invisible<R>(t.s, n, first, p);
-  if (weightless && f.gate.renormalize && (gate == KEY_GATE || p.blocks)) hide_weightless<R>(gate, t.s, n, t.b, p);
+  if (hides) hide_invisible<R>(t.s, nullptr, n, first, p);
+  if (folds(gate)) {
+    fold_weights<R>(gate, t.s, n, magnitude(f.scale), t.b, p, strength);
+    gate = NO_GATE;
+  } else if (facts.weightless && f.gate.renormalize && (gate == KEY_GATE || p.blocks)) {
+    hide_weightless<R>(gate, t.s, n, t.b, p);
+  }
   raise_peak<R>(t.s, n, factor, f.stats != nullptr, run, out, t.values);
+  const float none[PANEL] = {};
+  const float* peak = subtract_far_peak<R>(t.s, n, factor, run) ? none : run.peak;
   const auto by_gate = f.stats ? weigh_by_gate<M, true> : weigh_by_gate<M, false>;
-  for (int r = 0; r < R; ++r) by_gate(gate, f.gate.renormalize, t.s, r * W, n, factor, t.b, p, strength, run);
-  gemm_rows<M, R>(t.v, 1, t.values, (const typename M::Elem*)t.s, PANEL, out, PANEL, t.values,
-                  (n + M::pack - 1) / M::pack, true);
+  for (int r = 0; r < R; ++r) by_gate(gate, f.gate.renormalize, t.s, r * W, n, factor, peak, t.b, p, strength, run);
+  const auto* weights = (const typename M::Elem*)t.s;
+  if (hides && facts.values_finite < 0) facts.values_finite = all_finite(t.v, (int64_t)pairs * t.values);
+  if (hides && !facts.values_finite) add_seen<M, R>(t.v, t.values, weights, n, t.values, first, p, out);
+  else gemm_rows<M, R>(t.v, 1, t.values, weights, PANEL, out, PANEL, t.values, pairs, true);
 }
 
 template <class M, class T>
 void finish_panel(const AttentionForward& f, const ForwardTile<M>& t, int panel, int64_t row, T* out) {
   const int rows = t.queries[panel].rows;
   const Running& run = t.running[panel];
+  const float scale = f.gate.folded ? 1 : magnitude(f.scale);
   float inverse[PANEL];
   for (int i = 0; i < PANEL; ++i) {
     // Weights that underflow weigh nothing: a denormal sum has no finite inverse.
@@ -186,7 +221,8 @@ void finish_panel(const AttentionForward& f, const ForwardTile<M>& t, int panel,
     inverse[i] = total == 0 ? 0 : 1 / total;
     if (i >= rows) continue;
     const float log_total = __builtin_logf(total);
-    f.lse[row + i] = total == 0 ? -__builtin_inff() : run.peak[i] * __builtin_fabsf(f.scale) + log_total;
+    // The backward rounds the same product: where the peak is the whole sum, its probability is exactly 1.
+    f.lse[row + i] = total == 0 ? -__builtin_inff() : rounded(run.peak[i] * scale) + log_total;
     if (!f.stats) continue;
     const int64_t plane = (int64_t)f.batch * f.heads * f.queries;
     const float mass = run.mass[i] * inverse[i];
@@ -212,7 +248,7 @@ void forward_task(const AttentionForward& f, int64_t task, Scratch scratch) {
   const int keys = kept ? f.gate.kept_count[batch] : f.keys;
   const GateKind gate = kind_of(f.gate);
   const Power strength(f.gate.strength);
-  const float factor = log2_factor(f.scale);
+  const float factor = (folds(gate) ? 1 : magnitude(f.scale)) * LOG2E;
 
   const int panels = min(f.panels, (f.queries - first_query + PANEL - 1) / PANEL);
   Interval all = everything(keys);
@@ -230,19 +266,19 @@ void forward_task(const AttentionForward& f, int64_t task, Scratch scratch) {
   for (const auto& range : ranges.part) {
     for (int first = range[0]; first < range[1]; first += TILE) {
       const int n = min(TILE, range[1] - first);
-      bool packed = false, weightless = false;
+      TileFacts facts = {false, false, -1};
       for (int i = 0; i < panels; ++i) {
         if (!t.queries[i].interval.sees(first, first + n)) continue;
-        if (!packed) {
-          packed = true;
+        if (!facts.packed) {
+          facts.packed = true;
           pack_rows(k, f.k.token, kept, first, n, f.head_dim, t.depth, t.k);
           pack_values(v, f.v.token, kept, first, n, f.value_dim, t.values, t.v);
-          if (gate != NO_GATE) weightless = read_key_gate(f.gate, gate, batch, f.keys, first, n, t.b);
+          if (gate != NO_GATE) facts.weightless = read_key_gate(f.gate, gate, batch, f.keys, first, n, t.b);
         }
         const int vectors = (t.queries[i].rows + W - 1) / W;
-        if (vectors == 3) forward_panel<M, 3>(f, t, i, first, n, gate, weightless, strength, factor);
-        else if (vectors == 2) forward_panel<M, 2>(f, t, i, first, n, gate, weightless, strength, factor);
-        else forward_panel<M, 1>(f, t, i, first, n, gate, weightless, strength, factor);
+        if (vectors == 3) forward_panel<M, 3>(f, t, i, first, n, gate, facts, strength, factor);
+        else if (vectors == 2) forward_panel<M, 2>(f, t, i, first, n, gate, facts, strength, factor);
+        else forward_panel<M, 1>(f, t, i, first, n, gate, facts, strength, factor);
       }
     }
   }

@@ -11,12 +11,16 @@ namespace gate4d {
 struct GateInput {
   int batch, queries, keys;
   const float *query_score, *key_score;  // [B, Nq], [B, Nk] or null
-  const bool* dropped;                   // [B, Nk] or null
+  const uint8_t* dropped;                // [B, Nk], not 0: dropped, or null
   const int32_t* bounds;                 // [bounds_batch, 3, Nq] or null
   int bounds_batch;                      // 1 or B
   float strength;
   bool renormalize;
+  float smallest_weight;  // log2 of what the kernel's sums can take
 };
+
+// What the sums of weighted exponentials take beside an exponential of 1. Squares of probabilities take half of it.
+constexpr float SMALLEST_WEIGHT = -96, SMALLEST_SQUARED_WEIGHT = -48;
 
 class PreparedGate {
  public:
@@ -28,6 +32,7 @@ class PreparedGate {
 
  private:
   void compact(const GateInput& in);
+  static bool folds(const GateInput& in);
   std::vector<float> key_weight_;
   std::vector<int32_t> kept_, kept_count_, bounds_;
 };

@@ -13,6 +13,8 @@ struct Float {
   using Elem = float;
   static constexpr int pack = 1;  // numbers per element
   GATE4D_INLINE static vf step(const float* a, vf b, vf c) { return fma(set1(*a), b, c); }
+  GATE4D_INLINE static float part(float x, int) { return x; }
+  GATE4D_INLINE static vf part(vf x, int) { return x; }
 };
 
 #if defined(GATE4D_AVX512_BF16)
@@ -23,6 +25,9 @@ struct Bf16Pair {
   GATE4D_INLINE static vf step(const uint32_t* a, vu b, vf c) {
     return _mm512_dpbf16_ps(c, (__m512bh)_mm512_set1_epi32((int)*a), (__m512bh)b);
   }
+  // One number of a pair: the first in the low half.
+  GATE4D_INLINE static float part(uint32_t x, int i) { return to_float(bf16{(uint16_t)(x >> 16 * i)}); }
+  GATE4D_INLINE static vf part(vu x, int i) { return (vf)(i ? x & 0xffff0000u : x << 16); }
 };
 #endif
 

@@ -20,6 +20,7 @@ struct Gate {
   const float* key_weight;   // (1 - b) ** strength [B, Nk], null unless query_score is null and key_score is not
   float strength;
   bool renormalize;
+  bool folded;  // weights could leave the range of fp32: their logarithms join the logits, key_weight is one already
   const int32_t* bounds;      // [1 or B, 3, Nq] start, end, sink_end as positions among the kept keys, null: all
   int64_t bounds_batch;       // 0 or 3 * Nq
   const int32_t* kept;        // [B, Nk] indices of the kept keys in order, null: all are kept

@@ -158,6 +158,19 @@ void pack_row_pairs(const bf16* from, int64_t stride, const int32_t* index, int 
   }
 }
 
+// Whether none of n pairs holds NaN or infinity.
+inline bool all_finite(const uint32_t* x, int64_t n) {
+  vi bad = {};
+  int64_t i = 0;
+  for (; i + W <= n; i += W) {
+    const vu pair = load(x + i);
+    bad |= ((pair & 0x7f80u) == 0x7f80u) | ((pair & 0x7f800000u) == 0x7f800000u);
+  }
+  bool found = any(bad);
+  for (; i < n; ++i) found |= (x[i] & 0x7f80u) == 0x7f80u || (x[i] & 0x7f800000u) == 0x7f800000u;
+  return !found;
+}
+
 // Two rows of probabilities to pairs.
 GATE4D_INLINE vu to_pairs(vf even, vf odd) {
   const __m512i both = (__m512i)_mm512_cvtne2ps_pbh(odd, even);  // words 0..15 even, 16..31 odd

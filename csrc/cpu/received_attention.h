@@ -15,7 +15,7 @@ using gate4d::ReceivedAttention;
 // What a panel knows of its keys, and their moments over the queries so far.
 struct PanelKeys {
   int first, rows;
-  float gate[PANEL];  // b, or the weight itself where it depends on the key alone
+  float gate[PANEL];  // b, or the weight itself or its logarithm where it depends on the key alone
   PanelMoments moments;
 };
 
@@ -24,18 +24,22 @@ struct TileQueries {
   int rows;
   Interval interval;
   const int32_t *start, *end, *sink;  // null: everything
-  float shift[TILE];                  // -lse in units of log2; -inf for a row without weight
+  float lse[TILE], shift[TILE];       // see Shift
+  bool far;                           // lse is subtracted from the logits beforehand, shifts are 0
   float score[TILE];                  // a
 };
 
 void read_tile(const ReceivedAttention& f, int batch, int head, int first, TileQueries& t) {
   t.rows = min(TILE, f.queries - first);
   const float* lse = f.lse + ((int64_t)batch * f.heads + head) * f.queries + first;
-  const float infinity = __builtin_inff();
+  t.far = false;
   for (int i = 0; i < t.rows; ++i) {
-    t.shift[i] = lse[i] == -infinity ? -infinity : lse[i] * -LOG2E;
+    const Shift shift(lse[i]);
+    t.lse[i] = shift.lse, t.shift[i] = shift.base2;
+    t.far |= shift.far;
     t.score[i] = f.gate.query_score ? f.gate.query_score[(int64_t)batch * f.queries + first + i] : 1.0f;
   }
+  for (int i = 0; t.far && i < t.rows; ++i) t.shift[i] = 0;
   t.interval = everything(f.keys);
   t.start = nullptr;
   if (!f.gate.bounds) return;
@@ -51,9 +55,21 @@ void read_tile(const ReceivedAttention& f, int batch, int head, int first, TileQ
   }
 }
 
-// Logits to probabilities, in place, and their sums over the tile's queries.
+// Logits less lse, for tiles in which that is far. Without a weight below 1 the result is at most 0.
+template <int R>
+void subtract_far_lse(GateKind gate, float* s, float scale, const TileQueries& t) {
+  const vf largest = set1(gate == NO_GATE ? 0.0f : __builtin_inff());
+  for (int i = 0; i < t.rows; ++i)
+    GATE4D_UNROLL for (int r = 0; r < R; ++r) {
+      float* at = s + i * PANEL + r * W;
+      store(at, min(largest, rounded(load(at) * scale) - set1(t.lse[i])));
+    }
+}
+
+// Logits to probabilities, in place, and their sums over the tile's queries. `scale` is that of the logits, in units of
+// log2 unless the weights fold.
 template <int R, GateKind GATE>
-void to_probabilities(float* s, float factor, const TileQueries& t, bool masked, const PanelKeys& p,
+void to_probabilities(float* s, float scale, const TileQueries& t, bool masked, const PanelKeys& p,
                       const Power& strength, vf (&total)[R]) {
   int32_t lane[W];
   for (int i = 0; i < W; ++i) lane[i] = p.first + i;
@@ -65,12 +81,19 @@ void to_probabilities(float* s, float factor, const TileQueries& t, bool masked,
     total[r] = vf{};
   }
   for (int i = 0; i < t.rows; ++i) {
-    const vf shift = set1(t.shift[i]);
+    const vf shift = set1(folds(GATE) ? t.lse[i] : t.shift[i]);
     GATE4D_UNROLL for (int r = 0; r < R; ++r) {
       float* at = s + i * PANEL + r * W;
-      vf x = exp2(fma(load(at), set1(factor), shift));
-      if (GATE != NO_GATE) {
-        const vf w = GATE == KEY_GATE ? gate[r] : pair_weight<GATE>(fma(gate[r], set1(-t.score[i]), set1(1.0f)), strength);
+      const vf base = GATE < PAIR_GATE ? gate[r] : fma(gate[r], set1(-t.score[i]), set1(1.0f));
+      vf x;
+      if (folds(GATE)) {
+        const vf logit = fma(load(at), set1(scale), GATE == KEY_FOLD ? base : log_weight(base, strength));
+        x = exp2(min(vf{}, (logit - shift) * LOG2E));
+      } else {
+        x = exp2(fma(load(at), set1(scale), shift));
+      }
+      if (GATE != NO_GATE && !folds(GATE)) {
+        const vf w = GATE == KEY_GATE ? base : pair_weight<GATE>(base, strength);
         x = select(w > 0.0f, x * w, vf{});  // the exponential may overflow where the weight is 0
       }
       if (masked) {
@@ -104,15 +127,21 @@ struct ReceivedTile {
 
 template <class M, int R>
 void receive_panel(const ReceivedTile<M>& t, const typename M::Elem* k, GateKind gate, const Power& strength,
-                   float factor, PanelKeys& p) {
+                   float scale, PanelKeys& p) {
   const TileQueries& tile = *t.queries;
   const bool masked = tile.start && !tile.interval.sees_all(p.first, p.first + p.rows);
   gemm_rows<M, R>(t.q, t.depth, 1, k, PANEL, t.s, PANEL, round_up(tile.rows, J), t.depth, false);
   vf total[R];
-  if (gate == NO_GATE) to_probabilities<R, NO_GATE>(t.s, factor, tile, masked, p, strength, total);
-  else if (gate == KEY_GATE) to_probabilities<R, KEY_GATE>(t.s, factor, tile, masked, p, strength, total);
-  else if (gate == PAIR_GATE) to_probabilities<R, PAIR_GATE>(t.s, factor, tile, masked, p, strength, total);
-  else to_probabilities<R, PAIR_POWER_GATE>(t.s, factor, tile, masked, p, strength, total);
+  if (!folds(gate)) {
+    if (tile.far) subtract_far_lse<R>(gate, t.s, scale, tile);
+    scale = tile.far ? LOG2E : scale * LOG2E;
+  }
+  if (gate == NO_GATE) to_probabilities<R, NO_GATE>(t.s, scale, tile, masked, p, strength, total);
+  else if (gate == KEY_GATE) to_probabilities<R, KEY_GATE>(t.s, scale, tile, masked, p, strength, total);
+  else if (gate == KEY_FOLD) to_probabilities<R, KEY_FOLD>(t.s, scale, tile, masked, p, strength, total);
+  else if (gate == PAIR_GATE) to_probabilities<R, PAIR_GATE>(t.s, scale, tile, masked, p, strength, total);
+  else if (gate == PAIR_FOLD) to_probabilities<R, PAIR_FOLD>(t.s, scale, tile, masked, p, strength, total);
+  else to_probabilities<R, PAIR_POWER_GATE>(t.s, scale, tile, masked, p, strength, total);
   merge_tile<R>(t.s, tile.rows, total, p.moments);
 }
 
@@ -125,9 +154,9 @@ void received_task(const ReceivedAttention& f, int64_t task, Scratch scratch) {
   const T* q = (const T*)f.q.data + batch * f.q.batch + head * f.q.head;
   const T* k = (const T*)f.k.data + batch * f.k.batch + head * f.k.head;
   const GateKind gate = kind_of(f.gate);
-  const float* key_gate = gate == KEY_GATE ? f.gate.key_weight : f.gate.key_score;
+  const float* key_gate = gate < PAIR_GATE ? f.gate.key_weight : f.gate.key_score;
   const Power strength(f.gate.strength);
-  const float factor = log2_factor(f.scale);
+  const float scale = magnitude(f.scale);
 
   const int panels = min(f.panels, (f.keys - first_key + PANEL - 1) / PANEL);
   for (int i = 0; i < panels; ++i) {
@@ -151,9 +180,9 @@ void received_task(const ReceivedAttention& f, int64_t task, Scratch scratch) {
       packed = true;
       const typename M::Elem* columns = t.k + (int64_t)i * t.depth * PANEL;
       const int vectors = (p.rows + W - 1) / W;
-      if (vectors == 3) receive_panel<M, 3>(t, columns, gate, strength, factor, p);
-      else if (vectors == 2) receive_panel<M, 2>(t, columns, gate, strength, factor, p);
-      else receive_panel<M, 1>(t, columns, gate, strength, factor, p);
+      if (vectors == 3) receive_panel<M, 3>(t, columns, gate, strength, scale, p);
+      else if (vectors == 2) receive_panel<M, 2>(t, columns, gate, strength, scale, p);
+      else receive_panel<M, 1>(t, columns, gate, strength, scale, p);
     }
   }
 

@@ -89,6 +89,30 @@ GATE4D_INLINE vf max(vf a, vf b) {
 #endif
 }
 
+// As max: min(bound, x) keeps a NaN in x.
+GATE4D_INLINE vf min(vf a, vf b) {
+#if defined(GATE4D_AVX512)
+  return _mm512_min_ps(a, b);
+#elif defined(GATE4D_AVX2)
+  return _mm256_min_ps(a, b);
+#else
+  return select(a < b, a, b);
+#endif
+}
+
+// A product as it is rounded: the compiler must not join it with the sum that follows into a fused multiply-add.
+template <class V>
+GATE4D_INLINE V rounded(V x) {
+#if defined(GATE4D_AVX512)
+  asm("" : "+v"(x));
+#elif defined(__x86_64__)
+  asm("" : "+x"(x));
+#elif defined(__aarch64__)
+  asm("" : "+w"(x));
+#endif
+  return x;
+}
+
 GATE4D_INLINE vf sqrt(vf x) {
 #if defined(GATE4D_AVX512)
   return _mm512_sqrt_ps(x);
@@ -271,6 +295,17 @@ GATE4D_INLINE void store(fp16* p, vf x) {
 #else
   for (int i = 0; i < W; ++i) from_float(x[i], p + i);
 #endif
+}
+
+// Whether none of n numbers is NaN or infinite.
+inline bool all_finite(const float* x, int64_t n) {
+  constexpr int32_t exponent = 0x7f800000;
+  vi bad = {};
+  int64_t i = 0;
+  for (; i + W <= n; i += W) bad |= ((vi)load(x + i) & exponent) == exponent;
+  bool found = any(bad);
+  for (; i < n; ++i) found |= x[i] - x[i] != 0;
+  return !found;
 }
 
 // n elements of any storage type to floats and back.

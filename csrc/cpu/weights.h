@@ -9,26 +9,51 @@ namespace {
 constexpr int TILE = 64;  // keys per tile
 constexpr float LOG2E = 1.44269504f, LN2 = 0.693147181f;
 constexpr float SMALLEST_NORMAL = 1.17549435e-38f;
+constexpr float FAR = 4096.0f;  // logits beyond: products of them are rounded by more than an exponent may be off
 
-// |scale| in units of log2. Never 0: a hidden key's logit of -inf must stay -inf.
-GATE4D_INLINE float log2_factor(float scale) {
+// |scale|. Never 0: a hidden key's logit of -inf must stay -inf.
+GATE4D_INLINE float magnitude(float scale) {
   const float size = __builtin_fabsf(scale);
-  return (size < SMALLEST_NORMAL ? SMALLEST_NORMAL : size) * LOG2E;
+  return size < SMALLEST_NORMAL ? SMALLEST_NORMAL : size;
 }
 
+// lse of a row as the exponent log2(e) (s - lse) of its probabilities takes it: far, the difference is taken first, with
+// the product rounded as the forward rounded it. So a row's largest probability is right whatever its logits are.
+struct Shift {
+  float lse;                // natural; inf for a row without weight, whose exponentials are all 0
+  float base2, base2_rest;  // -log2(e) lse, and what rounding took from it; 0 in a panel or tile with far rows
+  bool far;
+
+  explicit Shift(float natural) {
+    const float infinity = __builtin_inff();
+    lse = natural == -infinity ? infinity : natural;
+    far = lse > FAR || lse < -FAR;
+    if (lse == infinity) {
+      base2 = -infinity, base2_rest = 0, far = false;
+    } else {
+      base2 = -lse * LOG2E;
+      base2_rest = (float)(-lse * 1.4426950408889634 - base2);
+    }
+  }
+};
+
 // A gate of strength 1 is its own kind: a choice of powers inside the loop over scores costs more than the weight.
-enum GateKind { NO_GATE, KEY_GATE, PAIR_GATE, PAIR_POWER_GATE };
+// The weights of the two kinds that fold are part of the logits, see Gate::folded. Pairs come last.
+enum GateKind { NO_GATE, KEY_GATE, KEY_FOLD, PAIR_GATE, PAIR_POWER_GATE, PAIR_FOLD };
+
+constexpr bool folds(GateKind kind) { return kind == KEY_FOLD || kind == PAIR_FOLD; }
 
 GATE4D_INLINE GateKind kind_of(const gate4d::Gate& gate) {
-  if (gate.key_weight) return KEY_GATE;
+  if (gate.key_weight) return gate.folded ? KEY_FOLD : KEY_GATE;
   if (!gate.query_score) return NO_GATE;
+  if (gate.folded) return PAIR_FOLD;
   return gate.strength == 1 ? PAIR_GATE : PAIR_POWER_GATE;
 }
 
 // b, or the key weights, of a tile; true if one of them makes a weight exactly 0.
 bool read_key_gate(const gate4d::Gate& gate, GateKind kind, int batch, int keys, int first, int n, float* to) {
   const int64_t offset = (int64_t)batch * keys;
-  const float* from = (kind == KEY_GATE ? gate.key_weight : gate.key_score) + offset;
+  const float* from = (kind < PAIR_GATE ? gate.key_weight : gate.key_score) + offset;
   bool weightless = false;
   for (int j = 0; j < n; ++j) {
     to[j] = from[gate.kept ? gate.kept[offset + first + j] : first + j];
@@ -64,6 +89,11 @@ GATE4D_INLINE vf power(vf w, const Power& p) {
     default:
       return select(w > 0.0f, exp2(log2(w) * p.exponent), vf{});
   }
+}
+
+// strength * log(base), -inf where the weight is 0.
+GATE4D_INLINE vf log_weight(vf base, const Power& p) {
+  return select(base > 0.0f, log2(base) * (p.exponent * LN2), set1(-__builtin_inff()));
 }
 
 // The keys that the queries of one panel see, and the bounds over all of them that let tiles be skipped.
@@ -123,49 +153,96 @@ void read_panel(const gate4d::Gate& gate, int batch, int queries, int keys, int 
   }
   p.interval = everything(keys);
   if (!gate.bounds) return;
-  const int32_t* bounds = gate.bounds + batch * gate.bounds_batch + first;
+  const int32_t* starts = gate.bounds + batch * gate.bounds_batch + first;
+  const int32_t *ends = starts + queries, *sinks = ends + queries;
   p.interval = {INT32_MAX, 0, INT32_MAX, 0, INT32_MAX, 0};
   for (int i = 0; i < PANEL; ++i) {
     const int from = min(i, p.rows - 1);
-    const int start = p.start[i] = bounds[from], end = p.end[i] = bounds[queries + from];
-    const int sink = p.sink[i] = bounds[2 * (int64_t)queries + from];
+    const int start = p.start[i] = starts[from], end = p.end[i] = ends[from], sink = p.sink[i] = sinks[from];
     Interval one = {start, start, end, end, sink, sink};
     if (end <= start) one.start_min = INT32_MAX, one.end_max = 0;  // empty: asks for no tile
     p.interval = merge(p.interval, one);
   }
 }
 
-// Keys outside a query's interval get a logit of -inf.
+// Which queries of a panel see a key.
 template <int R>
-void hide_invisible(float* s, int n, int first_key, const PanelQueries& p) {
+struct Seen {
   vi start[R], end[R], sink[R];
-  for (int r = 0; r < R; ++r) {
-    start[r] = load(p.start + r * W);
-    end[r] = load(p.end + r * W);
-    sink[r] = load(p.sink + r * W);
-  }
-  const vf hidden = set1(-__builtin_inff());
-  for (int j = 0; j < n; ++j) {
-    const vi key = set1(first_key + j);
-    GATE4D_UNROLL for (int r = 0; r < R; ++r) {
-      float* x = s + j * PANEL + r * W;
-      const vi seen = (key < sink[r]) | ((key >= start[r]) & (key < end[r]));
-      store(x, select(seen, load(x), hidden));
+
+  explicit Seen(const PanelQueries& p) {
+    for (int r = 0; r < R; ++r) {
+      start[r] = load(p.start + r * W);
+      end[r] = load(p.end + r * W);
+      sink[r] = load(p.sink + r * W);
     }
   }
+  GATE4D_INLINE vi operator()(int r, int key) const {
+    const vi j = set1(key);
+    return (j < sink[r]) | ((j >= start[r]) & (j < end[r]));
+  }
+};
+
+// Keys outside a query's interval get a logit of -inf, and in `zeroed`, if given, a 0.
+template <int R>
+void hide_invisible(float* s, float* zeroed, int n, int first_key, const PanelQueries& p) {
+  const Seen<R> seen(p);
+  const vf hidden = set1(-__builtin_inff());
+  for (int j = 0; j < n; ++j)
+    GATE4D_UNROLL for (int r = 0; r < R; ++r) {
+      const int64_t at = j * PANEL + r * W;
+      const vi sees = seen(r, first_key + j);
+      store(s + at, select(sees, load(s + at), hidden));
+      if (zeroed) store(zeroed + at, select(sees, load(zeroed + at), vf{}));
+    }
 }
 
-// So do keys of weight exactly 0 where the rows are renormalised: they must not take part in the maximum.
+// out[d][lane] += x[j][d] * w[j][lane] for the keys that a query sees. A matrix product would carry a NaN or an
+// infinity of x to the queries that do not, through its product with their weight of 0.
+template <class M, int R>
+void add_seen(const typename M::Elem* x, int64_t row, const typename M::Elem* w, int n, int dim, int first_key,
+              const PanelQueries& p, float* out) {
+  const Seen<R> seen(p);
+  for (int j = 0; j < n; ++j)
+    for (int d = 0; d < dim; ++d) {
+      const vf xj = set1(M::part(x[j / M::pack * row + d], j % M::pack));
+      GATE4D_UNROLL for (int r = 0; r < R; ++r) {
+        float* const to = out + (int64_t)d * PANEL + r * W;
+        const vf old = load(to), wj = M::part(load(w + j / M::pack * PANEL + r * W), j % M::pack);
+        store(to, select(seen(r, first_key + j), fma(xj, wj, old), old));
+      }
+    }
+}
+
+// Keys of weight exactly 0 where the rows are renormalised must not take part in the maximum: their logits become
+// -inf too. They are seen all the same, and a NaN stays.
 template <int R>
 void hide_weightless(GateKind gate, float* s, int n, const float* b, const PanelQueries& p) {
   const vf hidden = set1(-__builtin_inff());
   for (int j = 0; j < n; ++j) {
     if (b[j] != (gate == KEY_GATE ? 0.0f : 1.0f)) continue;
     GATE4D_UNROLL for (int r = 0; r < R; ++r) {
-      float* x = s + j * PANEL + r * W;
-      store(x, gate == KEY_GATE ? hidden : select(load(p.score + r * W) == 1.0f, hidden, load(x)));
+      float* at = s + j * PANEL + r * W;
+      const vf x = load(at);
+      const vi out = gate == KEY_GATE ? x == x : (x == x) & (load(p.score + r * W) == 1.0f);
+      store(at, select(out, hidden, x));
     }
   }
+}
+
+// Scaled logits with the logarithms of the weights, in place.
+template <int R>
+void fold_weights(GateKind gate, float* s, int n, float scale, const float* b, const PanelQueries& p,
+                  const Power& strength) {
+  vf a[R];
+  GATE4D_UNROLL for (int r = 0; r < R; ++r) a[r] = gate == PAIR_FOLD ? load(p.score + r * W) : vf{};
+  for (int j = 0; j < n; ++j)
+    GATE4D_UNROLL for (int r = 0; r < R; ++r) {
+      float* at = s + j * PANEL + r * W;
+      const vf bj = set1(b[j]);
+      const vf log = gate == KEY_FOLD ? bj : log_weight(fma(a[r], -bj, set1(1.0f)), strength);
+      store(at, fma(load(at), set1(scale), log));
+    }
 }
 
 }  // namespace

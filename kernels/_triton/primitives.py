@@ -19,11 +19,12 @@ NO_GATE, KEY_GATE, PAIR_GATE = 0, 1, 2
 def power_code(strength: float, half_precision: bool) -> int:
     """``2 * strength`` where the weight is a product of few factors, 0 where it takes exp2 and log2.
 
-    In half precision a power above 2 could leave the range of fp16; the logarithmic form joins the exponent,
-    whose maximum is subtracted, and cannot.
+    The smallest weight but 0 is ``2 ** -24`` to the power of strength. Its square must be in the range of fp32, and in
+    half precision the weight itself in the range of fp16; the logarithmic form joins the exponent, whose maximum is
+    subtracted, and needs no range.
     """
     doubled = 2 * strength
-    largest = 4 if half_precision else 8
+    largest = 2 if half_precision else 4
     return int(doubled) if doubled == int(doubled) and 1 <= doubled <= largest else 0
 
 
@@ -45,7 +46,7 @@ def _exp2_polynomial(x):
 
     The constant term is exactly 1, so that everything below -127, also -inf, gives exactly 0.
     """
-    x = tl.maximum(x, -127.0)
+    x = tl.maximum(x, -127.0, propagate_nan=tl.PropagateNan.ALL)
     rounder = x + 12582912.0  # 1.5 * 2**23: the low bits are round(x)
     f = x - (rounder - 12582912.0)  # [-1/2, 1/2]
     y = 1.0 + f * (0.69328293 + f * (0.24221097 + f * 0.05500893))
@@ -121,38 +122,38 @@ def row_lse(lse, NATURAL: tl.constexpr):
 
 @triton.jit
 def probability(
-    s, lse, base, strength, GATE: tl.constexpr, POWER: tl.constexpr, RENORM: tl.constexpr, NATURAL: tl.constexpr
+    x, base, strength, GATE: tl.constexpr, POWER: tl.constexpr, RENORM: tl.constexpr, NATURAL: tl.constexpr
 ):
     """``(p, e)``: the gated probability, and ``exp(s - lse)`` without the gate (``p`` where that is not needed).
 
-    ``s`` and ``lse`` are in base 2, or with NATURAL (fp32) to base e: one multiplication more, after the difference
-    of two large numbers and not before it.
+    ``x`` is ``s - lse`` in base 2, or with NATURAL (fp32) to base e: one multiplication more, after the difference
+    of two large numbers and not before it. A probability is at most 1, whatever rounding makes of that difference.
     """
-    x = s - lse
     if NATURAL:
         x = x * 1.4426950408889634
     if GATE == 0:
-        p = tl.exp2(x)
+        p = tl.exp2(tl.minimum(x, 0.0, propagate_nan=tl.PropagateNan.ALL))
         return p, p
     if RENORM and POWER == 0:
-        p = tl.exp2(x + strength * tl.log2(base))
+        x = x + strength * tl.log2(base)
+        p = tl.exp2(tl.minimum(x, 0.0, propagate_nan=tl.PropagateNan.ALL))
         return p, p
     if RENORM:
         # A key of weight 0 is not in the sum, so its logit may exceed lse without limit; its weight makes it 0, but at
         # strength 1 its score has a gradient. 80 log2(e), where the reference stops in fp32.
-        x = tl.minimum(x, 115.41560327111707)
+        x = tl.minimum(x, 115.41560327111707, propagate_nan=tl.PropagateNan.ALL)
     e = tl.exp2(x)
     return e * gate_weight(base, strength, POWER), e
 
 
 @triton.jit
 def row_bounds(BOUNDS, b, offs_m, num_queries, num_keys, bounds_stride_b):
-    """``start, end, sink_end`` of the rows ``offs_m``; rows outside see nothing."""
+    """``start, end, sink_end`` of the rows ``offs_m``, within the keys; rows outside see nothing."""
     inside = offs_m < num_queries
     base = BOUNDS + b.to(tl.int64) * bounds_stride_b + offs_m
-    start = tl.load(base, mask=inside, other=0)
+    start = tl.maximum(tl.load(base, mask=inside, other=0), 0)
     end = tl.minimum(tl.load(base + num_queries, mask=inside, other=0), num_keys)
-    sink = tl.minimum(tl.load(base + 2 * num_queries, mask=inside, other=0), num_keys)
+    sink = tl.maximum(tl.minimum(tl.load(base + 2 * num_queries, mask=inside, other=0), num_keys), 0)
     return start, end, sink
 
 
@@ -174,6 +175,12 @@ def reach(start, end, sink, inside):
 def seen_by_all(n0, all_low, all_high, all_far, BLOCK_N: tl.constexpr):
     """Whether every row sees every key of ``[n0, n0 + BLOCK_N)``."""
     return ((n0 >= all_low) & (n0 + BLOCK_N <= all_high)) | (n0 + BLOCK_N <= all_far)
+
+
+@triton.jit
+def seen_by_any(offs, low, high, far):
+    """Which keys the interval and the sinks of some row may hold. The others are not loaded: 0 times a NaN is NaN."""
+    return ((offs >= low) & (offs < high)) | (offs < far)
 
 
 @triton.jit

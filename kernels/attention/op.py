@@ -14,6 +14,7 @@ from torch import Tensor
 
 from .._autograd import first_derivative_only
 from .._library import declare
+from .._operands import same_device
 
 _NAMESPACE = "gate4d"
 _SECOND = "backend='reference' has second derivatives, in torch operations that hold the attention map."
@@ -98,6 +99,7 @@ def _attention_backward_cuda(*args):
 def _attention_forward_fake(
     q, k, v, query_score, key_score, dropped_keys, bounds, scale, strength, renormalize, row_stats
 ):
+    same_device(q=q, k=k, v=v, query_score=query_score, key_score=key_score, dropped_keys=dropped_keys, bounds=bounds)
     batch, heads, num_queries, _ = q.shape
     out = empty_heads_last(q, batch, heads, num_queries, v.shape[-1])
     lse = q.new_empty((batch, heads, num_queries), dtype=torch.float32)
@@ -110,6 +112,11 @@ def _attention_backward_fake(
     grad_out, grad_lse, q, k, v, out, lse, query_score, key_score, dropped_keys, bounds,
     scale, strength, renormalize, score_grads,
 ):  # fmt: skip
+    same_device(
+        grad_out=grad_out, grad_lse=grad_lse, q=q, k=k, v=v, out=out, lse=lse, query_score=query_score,
+        key_score=key_score, dropped_keys=dropped_keys, bounds=bounds,
+    )  # fmt: skip
+
     def like(x: Tensor) -> Tensor:
         return empty_heads_last(x, *x.shape)
 

@@ -13,7 +13,17 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .._triton.primitives import gate_base, load_row, probability, query_tiles, reach, row_bounds, row_lse, seen_by_all
+from .._triton.primitives import (
+    gate_base,
+    load_row,
+    probability,
+    query_tiles,
+    reach,
+    row_bounds,
+    row_lse,
+    seen_by_all,
+    seen_by_any,
+)
 
 
 @triton.jit
@@ -129,9 +139,11 @@ def grad_query_kernel(
         n0 = tile * BLOCK_N
         offs_n = n0 + lane_n
         inside_n = offs_n < count
+        if HAS_BOUNDS:
+            inside_n = inside_n & seen_by_any(offs_n, low, high, far)
         k = tl.load(p_k + n0.to(tl.int64) * stride_kn, mask=inside_n[:, None] & inside_d, other=0.0)
         v = tl.load(p_v + n0.to(tl.int64) * stride_vn, mask=inside_n[:, None] & inside_dv, other=0.0)
-        s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * exponent_scale  # [BLOCK_M, BLOCK_N]
+        x = tl.dot(q, tl.trans(k), input_precision=PRECISION) * exponent_scale - lse[:, None]  # [BLOCK_M, BLOCK_N]
         dp = tl.dot(grad_out, tl.trans(v), input_precision=PRECISION)
         partial = n0 + BLOCK_N > count
         if HAS_BOUNDS:
@@ -142,16 +154,22 @@ def grad_query_kernel(
                 seen = (column < sink[:, None]) | ((column >= start[:, None]) & (column < end[:, None]))
             else:
                 seen = inside_n[None, :]
-            s = tl.where(seen, s, -float("inf"))
+            x = tl.where(seen, x, -float("inf"))
         if GATE != 0:
             key_score = load_row(B + b64 * num_keys + n0, count - n0, BLOCK_N, THREADS)
             base = gate_base(a, key_score, GATE, False)
         else:
             base = 1.0
-        p, e = probability(s, lse[:, None], base, strength, GATE, POWER, RENORM, NATURAL)
+        p, e = probability(x, base, strength, GATE, POWER, RENORM, NATURAL)
         ds = _grad_scores(p, e, dp, delta[:, None], GATE, RENORM)
         if GATE == 2 and SCORE_GRADS:
             grad_ab = _grad_product(p, e, dp, delta[:, None], base, strength, POWER, RENORM)
+        if HAS_BOUNDS:
+            if partial:  # 0 times a gradient that is not finite would reach the rows that do not see the key
+                ds = tl.where(e == 0.0, 0.0, ds)
+                if GATE == 2 and SCORE_GRADS:
+                    grad_ab = tl.where(e == 0.0, 0.0, grad_ab)
+        if GATE == 2 and SCORE_GRADS:
             grad_a += tl.sum(grad_ab * key_score[None, :], 1)
         grad_q = tl.dot(ds.to(k.dtype), k, grad_q, input_precision=PRECISION)
 
@@ -227,7 +245,7 @@ def grad_key_kernel(
         left = num_queries - m0
         lse = row_lse(load_row(LSE + p_row + m0, left, BLOCK_M, THREADS), NATURAL)
         delta = load_row(DELTA + p_row + m0, left, BLOCK_M, THREADS)
-        s = tl.dot(k, tl.trans(q), input_precision=PRECISION) * exponent_scale  # [BLOCK_N, BLOCK_M]
+        x = tl.dot(k, tl.trans(q), input_precision=PRECISION) * exponent_scale - lse[None, :]  # [BLOCK_N, BLOCK_M]
         dp = tl.dot(v, tl.trans(grad_out), input_precision=PRECISION)
         partial = n0 + BLOCK_N > count
         if HAS_BOUNDS:
@@ -245,7 +263,7 @@ def grad_key_kernel(
                 key = offs_n[:, None]
                 visible = (key < sink[None, :]) | ((key >= start[None, :]) & (key < end[None, :]))
                 seen = seen & visible
-            s = tl.where(seen, s, -float("inf"))
+            x = tl.where(seen, x, -float("inf"))
         if GATE == 2:
             a = load_row(A + b64 * num_queries + m0, left, BLOCK_M, THREADS)
         else:
@@ -254,10 +272,16 @@ def grad_key_kernel(
             base = gate_base(a, key_score, GATE, True)
         else:
             base = 1.0
-        p, e = probability(s, lse[None, :], base, strength, GATE, POWER, RENORM, NATURAL)
+        p, e = probability(x, base, strength, GATE, POWER, RENORM, NATURAL)
         ds = _grad_scores(p, e, dp, delta[None, :], GATE, RENORM)
         if GATE != 0 and SCORE_GRADS:
             grad_ab = _grad_product(p, e, dp, delta[None, :], base, strength, POWER, RENORM)
+        if HAS_BOUNDS:
+            if partial:  # as in grad_query_kernel
+                ds = tl.where(e == 0.0, 0.0, ds)
+                if GATE != 0 and SCORE_GRADS:
+                    grad_ab = tl.where(e == 0.0, 0.0, grad_ab)
+        if GATE != 0 and SCORE_GRADS:
             if GATE == 2:
                 grad_ab = grad_ab * a[None, :]
             grad_b += tl.sum(grad_ab, 1)

@@ -5,7 +5,17 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .._triton.primitives import exp2_tile, gate_base, gate_weight, load_row, reach, row_bounds, seen_by_all, to_natural
+from .._triton.primitives import (
+    exp2_tile,
+    gate_base,
+    gate_weight,
+    load_row,
+    reach,
+    row_bounds,
+    seen_by_all,
+    seen_by_any,
+    to_natural,
+)
 
 
 @triton.jit
@@ -82,6 +92,8 @@ def _forward_tile(  # the arguments of forward_kernel, for one tile of queries
             tile = tl.where(step < sink_tiles, step, step - sink_tiles + first)
         n0 = tile * BLOCK_N
         inside_n = n0 + lane_n < count
+        if HAS_BOUNDS:
+            inside_n = inside_n & seen_by_any(n0 + lane_n, low, high, far)
         if DESCRIPTORS:
             k = K.load([b, bh % heads, n0, 0]).reshape([BLOCK_N, BLOCK_D])
         else:
@@ -111,7 +123,7 @@ def _forward_tile(  # the arguments of forward_kernel, for one tile of queries
             weight = gate_weight(base, strength, POWER)
             # A key of weight 0 must not raise the maximum; such keys are in few tiles, known beforehand.
             if RENORM and tl.load(KEY_MAX + b * tl.cdiv(num_keys, BLOCK_N) + tile) >= 1.0:
-                qk = tl.where(weight > 0.0, qk, -float("inf"))
+                qk = tl.where((weight > 0.0) | (qk != qk), qk, -float("inf"))
         if FOLD:
             bias = strength * tl.log2(base)
             if NATURAL:
@@ -160,7 +172,7 @@ def _forward_tile(  # the arguments of forward_kernel, for one tile of queries
             p = p * P_SCALE
         acc = tl.dot(p.to(v.dtype), v, acc, input_precision=PRECISION)
 
-    alive = total > 0.0
+    alive = total != 0.0  # also where it is NaN
     inverse = tl.where(alive, 1.0 / tl.where(alive, total, 1.0), 0.0)
     log_total = tl.log2(tl.where(alive, total, 1.0))
     offs_row = bh.to(tl.int64) * num_queries + offs_m

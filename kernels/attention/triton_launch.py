@@ -6,6 +6,7 @@ import torch
 import triton
 from torch import Tensor
 
+from .._operands import check_attention, expect
 from .._triton.configurations import Config, config
 from .._triton.primitives import tile_max_kernel
 from .._triton.problem import Problem, batch_stride, problem, query_reach
@@ -31,6 +32,7 @@ def forward(
     row_stats: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``gate4d::attention_forward``: ``out [B, H, Nq, Dv]``, ``lse [B, H, Nq]``, ``stats [3, B, H, Nq]`` or ``[0]``."""
+    check_attention(q, k, v, query_score, key_score, dropped_keys, bounds, scale, strength)
     batch, heads, num_queries, dim = q.shape
     num_keys, value_dim = v.shape[2:]
     out = heads_last(q, batch, heads, num_queries, value_dim)
@@ -88,8 +90,13 @@ def backward(
     score_grads: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """``gate4d::attention_backward``: gradients of q, k, v and, with ``score_grads``, of the gate's scores."""
+    check_attention(q, k, v, query_score, key_score, dropped_keys, bounds, scale, strength)
     batch, heads, num_queries, dim = q.shape
     num_keys, value_dim = v.shape[2:]
+    for name, x in (("grad_out", grad_out), ("out", out)):
+        expect(name, x, q.dtype, (batch, heads, num_queries, value_dim), q.device)
+    for name, x in (("lse", lse), ("grad_lse", grad_lse)):
+        expect(name, x, torch.float32, (batch, heads, num_queries), q.device)
     grad_q, grad_k, grad_v = (heads_last(x, *x.shape) for x in (q, k, v))
     p, v, kept = _compacted(q, k, v, query_score, key_score, dropped_keys, bounds, scale, strength, renormalize)
     grad_out, out = readable(grad_out), readable(out)

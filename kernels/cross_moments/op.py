@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from .._library import declare
+from .._operands import same_device
 from ..support import cpu_reasons, triton_reasons
 
 torch.library.define(
@@ -16,6 +17,7 @@ torch.library.define(
 
 @torch.library.register_fake("gate4d::cross_moments")
 def _cross_moments_fake(x, y, centre):
+    same_device(**{f"x[{i}]": part for i, part in enumerate(x)}, y=y, centre=centre)
     mean = y.new_empty((x[0].shape[0], x[0].shape[2]))
     return mean, torch.empty_like(mean)
 

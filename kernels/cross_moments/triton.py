@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .._operands import expect
 from .._triton.configurations import config
 from .._triton.runtime import capability, dot_precision, launch, processors
 
@@ -87,6 +88,12 @@ def cross_moments(
     The features of x are those of its parts and of their heads one after another. Where x has 16 bits, centred y is
     the sum of two 16-bit tensors, so that matrix instructions lose nothing of x and 2**-17 of y at most.
     """
+    if not x or y.dim() != 3 or y.shape[1] == 0:
+        raise RuntimeError(f"gate4d: x must have a part and y rows [B, Ny, F], got {len(x)} parts and {list(y.shape)}.")
+    for part in x:
+        expect("each part of x", part, x[0].dtype, (len(y), None, x[0].shape[2], None), y.device)
+    expect("y", y, torch.float32, (len(y), None, sum(part.shape[1] * part.shape[3] for part in x)), y.device)
+    expect("centre", centre, torch.float32, (len(y), y.shape[2]), y.device)
     # A copy of x: its own heads lie apart, and every program reads its rows once for each tile of columns.
     rows = torch.cat([part.transpose(1, 2).flatten(2) for part in x], 2)  # [B, Nx, F]
     (batch, num_rows, features), num_columns = rows.shape, y.shape[1]

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .._library import declare
+from .._operands import same_device
 from ..support import Backend, cpu_reasons, triton_reasons
 from .reference import received_attention
 
@@ -21,6 +22,7 @@ torch.library.define(
 
 @torch.library.register_fake("gate4d::received_attention")
 def _received_attention_fake(q, k, lse, query_score, key_score, bounds, scale, strength):
+    same_device(q=q, k=k, lse=lse, query_score=query_score, key_score=key_score, bounds=bounds)
     mean = q.new_empty((*q.shape[:2], k.shape[2]), dtype=torch.float32)
     return mean, torch.empty_like(mean)
 

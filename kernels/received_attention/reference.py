@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .._reference import gate_weight, seen
+from .._reference import gate_log_weight, gate_weight, seen
 
 
 def received_attention(
@@ -30,10 +30,15 @@ def received_attention(
     if bounds is not None:
         counted = counted & seen(bounds, k.shape[2])[:, None]
     weight = torch.ones((), dtype=work, device=q.device)
-    if key_score is not None:
-        query = None if query_score is None else query_score.to(work)
-        weight = gate_weight(query, key_score.to(work), strength)[:, None]  # [B, 1, Nq or 1, Nk]
-        counted = counted & (weight > 0)  # exp may overflow where the weight is 0
+    if key_score is not None and strength != 0:
+        scores = None if query_score is None else query_score.to(work), key_score.to(work)
+        if strength == 1:
+            weight = gate_weight(*scores, strength)[:, None]  # [B, 1, Nq or 1, Nk]
+            counted = counted & (weight > 0)  # exp may overflow where the weight is 0
+        else:  # a power may leave the range of the dtype
+            log_weight = gate_log_weight(*scores, strength)[:, None]
+            counted = counted & (log_weight > -torch.inf)
+            exponent = exponent + log_weight
     p = torch.where(counted, weight * exponent.masked_fill(~counted, 0.0).exp(), 0.0)
 
     if not p.shape[2]:

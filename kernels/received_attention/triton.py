@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .._operands import check_attention, expect
 from .._triton.configurations import config
 from .._triton.primitives import gate_base, load_row, probability, query_tiles, row_lse, seen_by_all
 from .._triton.problem import problem, query_reach
@@ -59,7 +60,7 @@ def received_kernel(
         inside_m = lane_m < left
         q = tl.load(p_q + m0.to(tl.int64) * stride_qn, mask=inside_m[:, None] & inside_d, other=0.0)
         lse = row_lse(load_row(LSE + p_row + m0, left, BLOCK_M, THREADS), NATURAL)
-        s = tl.dot(k, tl.trans(q), input_precision=PRECISION) * exponent_scale  # [BLOCK_N, BLOCK_M]
+        x = tl.dot(k, tl.trans(q), input_precision=PRECISION) * exponent_scale - lse[None, :]  # [BLOCK_N, BLOCK_M]
         partial = left < BLOCK_M
         if HAS_BOUNDS:
             all_low = tl.load(p_reach + 3 * tiles + tile)
@@ -75,7 +76,7 @@ def received_kernel(
                 sink = load_row(p_bounds + 2 * num_queries, left, BLOCK_M, THREADS)[None, :]
                 key = offs_n[:, None]
                 seen = seen & ((key < sink) | ((key >= start) & (key < end)))
-            s = tl.where(seen, s, -float("inf"))
+            x = tl.where(seen, x, -float("inf"))
         if GATE == 2:
             a = load_row(A + b64 * num_queries + m0, left, BLOCK_M, THREADS)
         else:
@@ -84,7 +85,7 @@ def received_kernel(
             base = gate_base(a, key_score, GATE, True)
         else:
             base = 1.0
-        p, _ = probability(s, lse[None, :], base, strength, GATE, POWER, True, NATURAL)
+        p, _ = probability(x, base, strength, GATE, POWER, True, NATURAL)
         rows = tl.minimum(left, BLOCK_M).to(tl.float32)
         tile_mean = tl.sum(p, 1) / rows
         deviation = p - tile_mean[:, None]
@@ -115,6 +116,8 @@ def received_attention(
     strength: float,
 ) -> tuple[Tensor, Tensor]:
     """``gate4d::received_attention``: mean and sum of squared deviations over all queries, fp32 ``[B, H, Nk]``."""
+    check_attention(q, k, None, query_score, key_score, None, bounds, scale, strength)
+    expect("lse", lse, torch.float32, q.shape[:3], q.device)
     batch, heads, num_queries, dim = q.shape
     mean = q.new_empty(batch, heads, k.shape[2], dtype=torch.float32)
     m2 = torch.empty_like(mean)

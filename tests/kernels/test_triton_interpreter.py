@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack
+from dataclasses import replace
 
 import pytest
 import torch
@@ -27,7 +28,7 @@ else:
     from helpers.interpreter import sequential_products
     from helpers.torch_attention import torch_attention
 
-    from gate4d import MotionGate
+    from gate4d import MotionGate, TokenLayout, Visibility
     from gate4d.kernels._triton.configurations import PASSES, Config, override
     from gate4d.kernels._triton.primitives import power_code
     from gate4d.kernels.attention import backends, triton_launch
@@ -103,6 +104,90 @@ else:
     @pytest.mark.parametrize("case", CASES, ids=str)
     def test_attention(case: Case, poisoned_memory: None) -> None:
         check(case, "triton")
+
+    @pytest.mark.filterwarnings("ignore::RuntimeWarning")
+    @pytest.mark.filterwarnings("ignore:.*verrid.*")
+    @pytest.mark.parametrize("place", ["k", "v"])
+    @pytest.mark.parametrize("gate", ["none", "pairwise", "keys", "pairwise_1.7", "general", "dropped_and_gated"])
+    def test_what_no_query_sees_does_not_matter(gate: str, place: str) -> None:
+        """Padding at the end and a gap behind the sinks, inside tiles that are read."""
+        rows = torch.arange(60)
+        visible = Visibility.intervals(torch.where(rows < 32, 20, 40), torch.where(rows < 32, 37, 55), 5)
+        x = replace(draw(Case(gate, "full", SINGLE, 1, 1, 60, 60, 16)), visible=visible)
+        results = []
+        for value in (0.0, float("nan"), float("inf"), 3e38):
+            dirty = getattr(x, place).clone()
+            dirty[:, :, 55:] = value
+            dirty[:, :, 5:20] = value
+            results.append(evaluate(_caller("triton"), replace(x, **{place: dirty}), gate))
+        clean = results[0]
+        for other in results[1:]:
+            for was, now in zip(clean, other, strict=True):
+                assert all(was[n] is None or torch.equal(was[n], now[n]) for n in was)
+
+    @pytest.mark.filterwarnings("ignore::RuntimeWarning")
+    @pytest.mark.filterwarnings("ignore:.*verrid.*")
+    @pytest.mark.parametrize("place", ["q", "k", "v"])
+    def test_a_nan_reaches_who_sees_it(place: str) -> None:
+        """The last of three frames, which fill tiles of queries: itself, and nothing of the frames before."""
+        visible = Visibility.frame_causal(TokenLayout(3, 32))
+        x = replace(draw(Case("none", "full", SINGLE, 1, 2, 96, 96, 16)), visible=visible)
+        dirty = getattr(x, place).clone()
+        dirty[:, :, 64:] = torch.nan
+        clean = evaluate(_caller("triton"), x, "none")
+        values, grads = evaluate(_caller("triton"), replace(x, **{place: dirty}), "none")
+        for name in ("out", "lse", "entropy", "max_prob", "sum_sq"):
+            assert torch.equal(values[name][:, :, :64], clean[0][name][:, :, :64])
+            assert place == "v" or values[name][:, :, 64:].isnan().all()
+        assert values["out"][:, :, 64:].isnan().all()
+        assert torch.equal(grads["q"][:, :, :64], clean[1]["q"][:, :, :64])
+        assert grads["k"].isnan().any(-1).all()  # the last frame sees every key
+        assert grads["q"][:, :, 64:].isnan().any(-1).all()
+
+    @pytest.mark.filterwarnings("ignore::RuntimeWarning")
+    def test_weights_below_every_number() -> None:
+        """Strengths that make every weight of a row 0, or its square, in fp16 and fp32."""
+        q = torch.randn(1, 1, 5, 16)
+        k, v = torch.zeros(1, 1, 3, 16), torch.randn(1, 1, 3, 16)
+        key = torch.full((1, 3), 1 - 2.0**-24)
+        for dtype in (SINGLE, HALF):
+            for strength in (1.0, 1.5, 2.0, 3.0, 4.0, 50.0):
+                x = [t.to(dtype) for t in (q, k, v)]
+                for a in (None, torch.ones(1, 5)):
+                    out, lse, stats = triton_launch.forward(*x, a, key, None, None, 0.25, strength, True, True)
+                    assert_close = torch.testing.assert_close
+                    tolerance = 1e-5 if dtype == SINGLE else 2e-3
+                    assert_close(
+                        out.float(), x[2].float().mean(2, keepdim=True).expand_as(out), rtol=tolerance, atol=tolerance
+                    )
+                    assert_close(stats[2], torch.full_like(lse, 1 / 3), rtol=1e-4, atol=0)
+                    args = (a, key, None, None, 0.25, strength, True)
+                    grads = triton_launch.backward(torch.ones_like(out), None, *x, out, lse, *args, True)
+                    assert all(g.isfinite().all() for g in grads)
+                    assert_close(grads[2].float(), torch.full_like(grads[2].float(), 5 / 3), rtol=2 * tolerance, atol=0)
+
+    @pytest.mark.filterwarnings("ignore::RuntimeWarning")
+    def test_gradients_at_any_scale_are_finite() -> None:
+        for dtype in (SINGLE, HALF):
+            q, k, v = (torch.randn(1, 1, 40, 16).to(dtype) for _ in range(3))
+            for scale in (1e4, 6e20, 1e35):
+                args = (None, None, None, None, scale, 1.0, True)
+                out, lse, _ = triton_launch.forward(q, k, v, *args, False)
+                grads = triton_launch.backward(torch.ones_like(out), None, q, k, v, out, lse, *args, True)
+                assert out.isfinite().all()
+                assert not any(g.isnan().any() for g in grads[:3])
+                assert grads[2].isfinite().all()
+
+    def test_operands_that_do_not_fit() -> None:
+        x = draw(Case(**SMALL))
+        good = [x.q, x.k, x.v, 1 - x.query_motion, x.key_motion, None, None, 0.3, 1.0, True, False]
+        for i, other in (
+            (1, x.k[:, :, 1:]), (1, x.k.half()), (2, x.v[:, :1]), (3, x.query_motion[:, 1:]),
+            (4, x.key_motion.double()),
+            (5, x.masks[1][:, 1:]), (6, torch.zeros(1, 3, 49, dtype=torch.int32)), (7, float("nan")), (8, -1.0),
+        ):  # fmt: skip
+            with pytest.raises(RuntimeError, match="gate4d: "):
+                triton_launch.forward(*good[:i], other, *good[i + 1 :])
 
     @pytest.mark.parametrize(("scale", "sign"), [(-0.4, -1), (0.0, 0)])
     def test_scales_that_are_not_positive(scale: float, sign: int) -> None:
@@ -244,5 +329,5 @@ else:
         assert all(x.isfinite().all() for x in results[0])
 
     def test_power_code() -> None:
-        assert [power_code(s, False) for s in (0.5, 1, 1.5, 2, 3, 4, 5, 0.3)] == [1, 2, 3, 4, 6, 8, 0, 0]
-        assert [power_code(s, True) for s in (0.5, 1, 2, 3)] == [1, 2, 4, 0]
+        assert [power_code(s, False) for s in (0.5, 1, 1.5, 2, 3, 4, 5, 0.3)] == [1, 2, 3, 4, 0, 0, 0, 0]
+        assert [power_code(s, True) for s in (0.5, 1, 2, 3)] == [1, 2, 0, 0]

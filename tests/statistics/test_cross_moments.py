@@ -133,10 +133,15 @@ def test_compiled_refusals():
     op = torch.ops.gate4d.cross_moments
     for parts, columns, centre, message in (
         ([], y, y[:, 0], "at least one part"),
-        ([x.double()], y, y[:, 0], "float32|bfloat16"),
-        ([x, x[:, :, :4]], y, y[:, 0], "agree in B and Nx"),
-        ([x[..., :3]], y, y[:, 0], "F features"),
-        ([x], y[:, :0], y[:, 0], "Ny > 0"),
+        ([x.double()], y, y[:, 0], r"x\[0\] must be float32 .*, got float64"),
+        (
+            [x, x[:, :, :4]],
+            y,
+            y[:, 0],
+            r"each part of x must be float32 \[1, any, 5, any\].*, got float32 \[1, 2, 4, 4\]",
+        ),
+        ([x[..., :3]], y, y[:, 0], r"y must be float32 \[1, any, 6\].*, got float32 \[1, 6, 8\]"),
+        ([x], y[:, :0], y[:, 0], "y must have at least one row"),
         ([x], y, y[:, 0, :3], "centre"),
     ):
         with pytest.raises(RuntimeError, match=message):
