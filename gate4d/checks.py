@@ -10,6 +10,8 @@ from torch import Tensor
 from .gates import MotionGate
 from .visibility import Visibility
 
+_FP32_MAX = torch.finfo(torch.float32).max
+
 
 def check_qkv(q: Tensor, k: Tensor, v: Tensor) -> tuple[int, int, int, int, int]:
     """B, Nq, Nk, D and Dv."""
@@ -103,3 +105,11 @@ def check_over(over: Collection[str], allowed: Collection[str]) -> set[str]:
 def score_for(score: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     wanted = torch.float64 if dtype == torch.float64 else torch.float32
     return score if score is None or score.dtype == wanted else score.to(wanted)
+
+
+def check_scale(scale: float) -> float:
+    """``scale`` as a float; ValueError unless it is finite, in fp32 too."""
+    scale = float(scale)
+    if not -_FP32_MAX <= scale <= _FP32_MAX:  # also for NaN
+        raise ValueError(f"scale must be finite (in float32 too), got {scale}.")
+    return scale

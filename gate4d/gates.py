@@ -8,7 +8,7 @@ The additive bias of the papers is ``strength * log(1 - a_i * b_j)``; as a weigh
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
@@ -24,9 +24,16 @@ class MotionGate:
         output_scale: ``c``, fp32 ``[B, Nq]``, multiplies the output rows; None means 1.
         dropped_keys: bool ``[B, Nk]``, True removes a key and its value for every query.
         strength: exponent of the weight, >= 0. At a weight of exactly 0 the gradient with respect to
-            the scores is taken as 0 when ``strength`` is not 1.
+            the scores is taken as 0 when ``strength`` is not 1. A weight may be below every number: only its ratio to
+            the others of a row counts, with a relative error of some ``strength * 1e-7``. Promised up to 100.
         renormalize: True divides by the gated sum (the rows sum to 1), False by the un-gated sum,
             which is zeroing probabilities after the softmax.
+
+    Scores outside [0, 1] and NaN are errors: on the CPU at construction and in the compiled operator; on other devices
+    :meth:`validate` looks, since reading values there waits for the device.
+
+    Raises:
+        TypeError, ValueError: a field has the wrong type, dtype or value; the message names it.
     """
 
     query_score: Tensor | None = None
@@ -42,6 +49,9 @@ class MotionGate:
             x = getattr(self, name)
             if x is not None and not (isinstance(x, Tensor) and x.is_floating_point()):
                 raise TypeError(f"{name} must be a floating-point tensor or None, got {_kind(x)}.")
+            # Read here, once: a check in every attention call would read the whole tensor.
+            if x is not None and name != "output_scale" and _is_readable(x):
+                _unit_interval(x, name)
         if self.dropped_keys is not None:
             _mask(self.dropped_keys, "dropped_keys")
 
@@ -54,7 +64,7 @@ class MotionGate:
         """
         query = _motion(query_motion, "query_motion")
         key = query if key_motion is None else _motion(key_motion, "key_motion")
-        return cls(query_score=1 - query, key_score=key, strength=_strength(strength))
+        return cls._of_checked(query_score=1 - query, key_score=key, strength=_strength(strength))
 
     @classmethod
     def keys(cls, key_motion: Tensor, *, strength: float = 1.0) -> MotionGate:
@@ -62,7 +72,7 @@ class MotionGate:
 
         MUT3R's gate on the state's queries. ``key_motion [B, Nk]`` in [0, 1], 1 = dynamic.
         """
-        return cls(key_score=_motion(key_motion, "key_motion"), strength=_strength(strength))
+        return cls._of_checked(key_score=_motion(key_motion, "key_motion"), strength=_strength(strength))
 
     @classmethod
     def queries(cls, query_motion: Tensor, *, strength: float = 1.0) -> MotionGate:
@@ -101,7 +111,29 @@ class MotionGate:
         """
         query = _mask(query_mask, "query_mask")
         key = query if key_mask is None else _mask(key_mask, "key_mask")
-        return cls(query_score=(~query).float(), key_score=key.float(), renormalize=bool(renormalize))
+        return cls._of_checked(query_score=(~query).float(), key_score=key.float(), renormalize=bool(renormalize))
+
+    def validate(self) -> MotionGate:
+        """Read the scores wherever they are and raise ValueError unless all are in [0, 1]; returns the gate.
+
+        For debugging on a GPU: it waits for the device.
+        """
+        for name in ("query_score", "key_score"):
+            if (x := getattr(self, name)) is not None:
+                _unit_interval(x, name)
+        return self
+
+    @classmethod
+    def _of_checked(cls, **fields: Tensor | float | bool | None) -> MotionGate:
+        """Without looking at the values again."""
+        if torch.compiler.is_compiling():
+            return cls(**fields)
+        gate = object.__new__(cls)
+        gate.__dict__.update(_DEFAULTS, **fields)
+        return gate
+
+
+_DEFAULTS = {f.name: f.default for f in fields(MotionGate)}
 
 
 def _motion(score: Tensor, name: str) -> Tensor:
@@ -109,14 +141,21 @@ def _motion(score: Tensor, name: str) -> Tensor:
         raise TypeError(f"{name} must be a floating-point tensor of motion scores, got {_kind(score)}.")
     if score.dim() != 2:
         raise ValueError(f"{name} must have shape [B, N], got {list(score.shape)}.")
-    # Values are checked here, once, because a check in every attention call would read the whole tensor.
-    if score.device.type == "cpu" and score.numel() and not torch.compiler.is_compiling() and _is_concrete(score):
-        low, high = (float(x) for x in torch.aminmax(score.detach()))
-        if not (low >= 0.0 and high <= 1.0):  # also true for NaN
-            raise ValueError(
-                f"{name} must hold motion scores in [0, 1] (1 = dynamic), got values in [{low:g}, {high:g}]."
-            )
+    if _is_readable(score):
+        _unit_interval(score, name, "motion scores in [0, 1] (1 = dynamic)")
     return score if score.dtype == torch.float64 else score.float()
+
+
+def _is_readable(score: Tensor) -> bool:
+    return score.device.type == "cpu" and not torch.compiler.is_compiling() and _is_concrete(score)
+
+
+def _unit_interval(score: Tensor, name: str, wanted: str = "values in [0, 1]") -> None:
+    if not score.numel():
+        return
+    low, high = (float(x) for x in torch.aminmax(score.detach()))
+    if not (low >= 0.0 and high <= 1.0):  # also true for NaN
+        raise ValueError(f"{name} must hold {wanted}, got values in [{low:g}, {high:g}].")
 
 
 def _mask(mask: Tensor, name: str) -> Tensor:

@@ -15,6 +15,8 @@ from torch import Tensor
 
 from .kernels.support import kept
 
+MAX_KEYS = 2**31 - 2**16 - 1  # kernels count keys in 32 bits, and tiles past the last one
+
 
 class TokenLayout:
     """How the tokens of a clip are laid out: frame after frame, special tokens first in each frame.
@@ -112,20 +114,42 @@ class TokenLayout:
 class Visibility:
     """Interval-plus-sink visibility; use the named constructors.
 
+    Args:
+        bounds: int32 ``[1 or B, 3, Nq]``, rows ``start, end, sink_end``, none negative; None when all is visible.
+        key_extent: at least the largest end or sink end of the bounds, 0 to have it read from them; on a device
+            other than the CPU reading waits for it, and an extent that is given is believed.
+        num_keys: the exact number of keys the bounds describe, None where they describe none.
+
     Attributes:
-        bounds: int32 ``[1 or B, 3, Nq]``, rows ``start, end, sink_end``; None when everything is visible.
+        bounds, num_keys: as given.
         key_extent: one past the largest key index mentioned, so that a call can be checked without a read; None where
             torch.compile built the visibility, which cannot read it.
-        num_keys: the exact number of keys the constructor's layout describes, None where it describes none.
+
+    Raises:
+        TypeError: bounds are not an int32 tensor.
+        ValueError: bounds have another shape, hold a negative value or one beyond ``key_extent`` or ``num_keys``.
     """
 
     __slots__ = ("_on_device", "bounds", "key_extent", "num_keys")
 
     def __init__(self, bounds: Tensor | None, key_extent: int | None = 0, num_keys: int | None = None):
+        if bounds is not None:
+            key_extent = _check_bounds(bounds, key_extent)
+        if num_keys is None or torch.compiler.is_compiling():
+            pass
+        elif not (key_extent or 0) <= num_keys <= MAX_KEYS:
+            raise ValueError(f"num_keys must be in [{key_extent or 0}, {MAX_KEYS}] (key_extent, int32), got {num_keys}.")
         self.bounds = bounds
         self.key_extent = key_extent
         self.num_keys = num_keys
         self._on_device: dict[torch.device, Tensor] = {}
+
+    @classmethod
+    def _of_checked(cls, bounds: Tensor, key_extent: int | None, num_keys: int | None = None) -> Visibility:
+        """Bounds that need not be read again."""
+        visible = cls(None, 0, num_keys)
+        visible.bounds, visible.key_extent = bounds, key_extent
+        return visible
 
     def __repr__(self) -> str:
         shape = "full" if self.bounds is None else f"bounds={list(self.bounds.shape)}, key_extent={self.key_extent}"
@@ -162,6 +186,7 @@ class Visibility:
             raise ValueError(
                 f"first_query_frame must be in [0, {layout.frames}) for {layout!r}, got {first_query_frame!r}."
             )
+        _check_num_keys(layout.num_tokens, "layout")
         frames = range(first_query_frame, layout.frames)
         start = [layout.offsets[0 if window is None else max(0, t + 1 - window)] for t in frames]
         end = [layout.offsets[t + 1] for t in frames]
@@ -169,7 +194,7 @@ class Visibility:
         per_frame = torch.tensor([start, end, sink], dtype=torch.int32)
         sizes = layout.tokens_per_frame[first_query_frame:]
         bounds = per_frame.repeat_interleave(torch.tensor(sizes), dim=1, output_size=sum(sizes))
-        return cls(bounds[None], layout.num_tokens, layout.num_tokens)
+        return cls._of_checked(bounds[None], layout.num_tokens, layout.num_tokens)
 
     @classmethod
     def token_causal(cls, layout: TokenLayout, window: int | None = None, sinks: int = 0) -> Visibility:
@@ -180,7 +205,7 @@ class Visibility:
         last = torch.arange(1, layout.num_tokens + 1, dtype=torch.int32)
         start, end, sink = framed.bounds.unbind(1)
         bounds = torch.stack((start, end.minimum(last), sink.minimum(last)), dim=1)
-        return cls(bounds, framed.key_extent, framed.num_keys)
+        return cls._of_checked(bounds, framed.key_extent, framed.num_keys)
 
     @classmethod
     def packed(
@@ -208,7 +233,9 @@ class Visibility:
         if torch.compiler.is_compiling():
             torch._check(num_queries >= 0)
         bounds = rows.repeat_interleave(queries.diff(), dim=1, output_size=num_queries).to(torch.int32)
-        return cls(bounds[None], num_keys, num_keys)
+        if not torch.compiler.is_compiling():
+            _check_num_keys(num_keys, "cu_seqlens" if cu_seqlens_k is None else "cu_seqlens_k")
+        return cls._of_checked(bounds[None], num_keys, num_keys)
 
     @classmethod
     def intervals(cls, start: Tensor, end: Tensor, sink_end: Tensor | int = 0) -> Visibility:
@@ -240,7 +267,7 @@ class Visibility:
         extent = int(bounds[:, 1:].max()) if bounds.numel() else 0
         if extent > torch.iinfo(torch.int32).max:
             raise ValueError(f"intervals must fit into int32, got a bound of {extent}.")
-        return cls(bounds.clamp(max=torch.iinfo(torch.int32).max).to(torch.int32).contiguous(), extent)
+        return cls._of_checked(bounds.clamp(max=torch.iinfo(torch.int32).max).to(torch.int32).contiguous(), extent)
 
     def rows(self, index: Tensor | Sequence[int]) -> Visibility:
         """What the queries ``index`` see, in that order, over the same keys; of a full visibility, itself.
@@ -254,7 +281,7 @@ class Visibility:
         queries = self.bounds.shape[2]
         if index.dim() != 1 or bool(((index < 0) | (index >= queries)).any()):
             raise ValueError(f"index must be 1-D with entries in [0, {queries}), got {index.tolist()}.")
-        return Visibility(self.bounds[:, :, index], self.key_extent, self.num_keys)
+        return self._of_checked(self.bounds[:, :, index], self.key_extent, self.num_keys)
 
     def with_rows(self, other: Visibility) -> Visibility:
         """These queries followed by those of ``other``, over the same keys.
@@ -274,7 +301,7 @@ class Visibility:
             )
         both = [v.bounds.expand(max(batch, default=1), -1, -1) for v in (self, other)]
         extent = max(self.key_extent, other.key_extent)
-        return Visibility(torch.cat(both, dim=2), extent, next(iter(keys), None))
+        return self._of_checked(torch.cat(both, dim=2), extent, next(iter(keys), None))
 
     def bounds_on(self, device: torch.device) -> Tensor | None:
         """``bounds`` on ``device``; the copy is kept, so that a visibility reused over layers is moved once."""
@@ -298,6 +325,32 @@ class Visibility:
         start, end, sink = self.bounds[..., None].unbind(1)
         j = torch.arange(num_keys, device=self.bounds.device)
         return (j < sink) | ((j >= start) & (j < end))
+
+
+def _check_num_keys(num_keys: int, name: str) -> int:
+    if num_keys > MAX_KEYS:
+        raise ValueError(f"{name} must describe at most {MAX_KEYS} keys (bounds are int32), got {num_keys}.")
+    return num_keys
+
+
+def _check_bounds(bounds: Tensor, key_extent: int | None) -> int | None:
+    """The key extent of bounds that are fit for the kernels."""
+    if not isinstance(bounds, Tensor) or bounds.dtype != torch.int32:
+        got = getattr(bounds, "dtype", type(bounds).__name__)
+        raise TypeError(f"bounds must be an int32 tensor or None, got {got}.")
+    if bounds.dim() != 3 or bounds.shape[1] != 3:
+        raise ValueError(f"bounds must have shape [1 or B, 3, Nq], got {list(bounds.shape)}.")
+    readable = type(bounds) is Tensor and not torch._C._functorch.is_functorch_wrapped_tensor(bounds)
+    if torch.compiler.is_compiling() or not readable or bounds.is_meta:
+        return key_extent  # the operator looks
+    if not bounds.numel() or (key_extent and bounds.device.type != "cpu"):
+        return key_extent
+    smallest, largest = int(bounds.amin()), int(bounds[:, 1:].amax())
+    if smallest < 0:
+        raise ValueError(f"bounds must not be negative, got {smallest}.")
+    if key_extent and largest > key_extent:
+        raise ValueError(f"bounds must not pass key_extent={key_extent}, got an end of {largest}.")
+    return key_extent or largest
 
 
 def _cumulative(lengths: Tensor | Sequence[int], name: str) -> Tensor:

@@ -7,7 +7,7 @@ from collections.abc import Collection
 import torch
 from torch import Tensor
 
-from ..checks import check_gate, check_over, check_pair, check_visible, score_for
+from ..checks import check_gate, check_over, check_pair, check_scale, check_visible, score_for
 from ..gates import MotionGate
 from ..kernels.received_attention import op
 from ..kernels.received_attention.reference import received_attention as reference
@@ -64,7 +64,7 @@ def received_attention(
     if gate is not None:
         check_gate(gate, (q.shape[0], q.shape[2]), (k.shape[0], k.shape[2]), q.device)
     bounds = None if visible is None else check_visible(visible, q, k)
-    scale = max(q.shape[3], 1) ** -0.5 if scale is None else float(scale)
+    scale = max(q.shape[3], 1) ** -0.5 if scale is None else check_scale(scale)
     lse = lse.to(torch.promote_types(q.dtype, torch.float32))
     args = (q, k, lse, score_for(g.query_score, q.dtype), score_for(g.key_score, q.dtype), bounds, scale, g.strength)
     request = op.Request(q.device.type, q.dtype, q.shape[3], q.shape[2] > 0, q.device.index)
