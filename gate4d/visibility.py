@@ -135,8 +135,10 @@ class Visibility:
     def __init__(self, bounds: Tensor | None, key_extent: int | None = 0, num_keys: int | None = None):
         if bounds is not None:
             key_extent = _check_bounds(bounds, key_extent)
-        if num_keys is not None and not (key_extent or 0) <= num_keys <= MAX_KEYS:
-            raise ValueError(f"num_keys must be in [{key_extent}, {MAX_KEYS}] (key_extent, int32), got {num_keys}.")
+        if num_keys is None or torch.compiler.is_compiling():
+            pass
+        elif not (key_extent or 0) <= num_keys <= MAX_KEYS:
+            raise ValueError(f"num_keys must be in [{key_extent or 0}, {MAX_KEYS}] (key_extent, int32), got {num_keys}.")
         self.bounds = bounds
         self.key_extent = key_extent
         self.num_keys = num_keys
@@ -145,8 +147,8 @@ class Visibility:
     @classmethod
     def _of_checked(cls, bounds: Tensor, key_extent: int | None, num_keys: int | None = None) -> Visibility:
         """Bounds that need not be read again."""
-        visible = cls(None)
-        visible.bounds, visible.key_extent, visible.num_keys = bounds, key_extent, num_keys
+        visible = cls(None, 0, num_keys)
+        visible.bounds, visible.key_extent = bounds, key_extent
         return visible
 
     def __repr__(self) -> str:
@@ -233,6 +235,8 @@ class Visibility:
         else:
             _check_num_keys(num_keys, "cu_seqlens" if cu_seqlens_k is None else "cu_seqlens_k")
         bounds = rows.repeat_interleave(queries.diff(), dim=1, output_size=num_queries).to(torch.int32)
+        if not torch.compiler.is_compiling():
+            _check_num_keys(num_keys, "cu_seqlens" if cu_seqlens_k is None else "cu_seqlens_k")
         return cls._of_checked(bounds[None], num_keys, num_keys)
 
     @classmethod
@@ -279,7 +283,7 @@ class Visibility:
         queries = self.bounds.shape[2]
         if index.dim() != 1 or bool(((index < 0) | (index >= queries)).any()):
             raise ValueError(f"index must be 1-D with entries in [0, {queries}), got {index.tolist()}.")
-        return Visibility._of_checked(self.bounds[:, :, index], self.key_extent, self.num_keys)
+        return self._of_checked(self.bounds[:, :, index], self.key_extent, self.num_keys)
 
     def with_rows(self, other: Visibility) -> Visibility:
         """These queries followed by those of ``other``, over the same keys.
@@ -299,7 +303,7 @@ class Visibility:
             )
         both = [v.bounds.expand(max(batch, default=1), -1, -1) for v in (self, other)]
         extent = max(self.key_extent, other.key_extent)
-        return Visibility._of_checked(torch.cat(both, dim=2), extent, next(iter(keys), None))
+        return self._of_checked(torch.cat(both, dim=2), extent, next(iter(keys), None))
 
     def bounds_on(self, device: torch.device) -> Tensor | None:
         """``bounds`` on ``device``; the copy is kept, so that a visibility reused over layers is moved once."""

@@ -12,6 +12,7 @@ import torch
 
 from .. import support
 from ..support import Backend, cpu_reasons, dtype_name, triton_reasons
+from . import symbolic
 from .op import Call, Request, attention
 from .torch_backends import (
     compacted_reasons,
@@ -35,6 +36,8 @@ def _triton_reasons(r: Request) -> list[str]:
 
 
 def _run_operator(c: Call):
+    if torch.compiler.is_compiling() and symbolic.is_symbolic(c.scale, c.strength):
+        return symbolic.attention(*c)
     return attention(*c)
 
 

@@ -18,19 +18,19 @@ from .._operands import same_device
 
 _NAMESPACE = "gate4d"
 _SECOND = "backend='reference' has second derivatives, in torch operations that hold the attention map."
-_GATE_ARGS = (
+GATE_ARGS = (
     "Tensor? query_score, Tensor? key_score, Tensor? dropped_keys, Tensor? bounds, "
     "float scale, float strength, bool renormalize"
 )
 
 torch.library.define(
     f"{_NAMESPACE}::attention_forward",
-    f"(Tensor q, Tensor k, Tensor v, {_GATE_ARGS}, bool row_stats) -> (Tensor out, Tensor lse, Tensor stats)",
+    f"(Tensor q, Tensor k, Tensor v, {GATE_ARGS}, bool row_stats) -> (Tensor out, Tensor lse, Tensor stats)",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 torch.library.define(
     f"{_NAMESPACE}::attention_backward",
-    f"(Tensor grad_out, Tensor? grad_lse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, {_GATE_ARGS}, "
+    f"(Tensor grad_out, Tensor? grad_lse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, {GATE_ARGS}, "
     "bool score_grads) -> (Tensor grad_q, Tensor grad_k, Tensor grad_v, "
     "Tensor grad_query_score, Tensor grad_key_score)",
     tags=(torch.Tag.pt2_compliant_tag,),
@@ -96,9 +96,7 @@ def _attention_backward_cuda(*args):
 
 
 @torch.library.register_fake(f"{_NAMESPACE}::attention_forward")
-def _attention_forward_fake(
-    q, k, v, query_score, key_score, dropped_keys, bounds, scale, strength, renormalize, row_stats
-):
+def forward_fake(q, k, v, query_score, key_score, dropped_keys, bounds, scale, strength, renormalize, row_stats):
     same_device(q=q, k=k, v=v, query_score=query_score, key_score=key_score, dropped_keys=dropped_keys, bounds=bounds)
     batch, heads, num_queries, _ = q.shape
     out = empty_heads_last(q, batch, heads, num_queries, v.shape[-1])
@@ -108,7 +106,7 @@ def _attention_forward_fake(
 
 
 @torch.library.register_fake(f"{_NAMESPACE}::attention_backward")
-def _attention_backward_fake(
+def backward_fake(
     grad_out, grad_lse, q, k, v, out, lse, query_score, key_score, dropped_keys, bounds,
     scale, strength, renormalize, score_grads,
 ):  # fmt: skip

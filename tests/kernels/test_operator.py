@@ -106,25 +106,46 @@ def test_compiled_with_dynamic_shapes():
     assert count.frame_count == 1
 
 
-@pytest.mark.parametrize(
-    ("kind", "strength"), [(MotionGate.pairwise, 1.5), (MotionGate.queries, 2), (MotionGate.queries, 1.5)]
-)
-def test_compiled_with_the_strength_as_an_argument(kind, strength):
+@pytest.mark.parametrize("kind", [MotionGate.pairwise, MotionGate.queries])
+def test_compiled_with_the_strength_as_an_argument(kind):
+    """One graph serves every value, forward and backward; an int is another."""
     torch.compiler.reset()
     q, k, v, motion, _ = leaves(12)
 
-    def call(motion, strength):
-        return attend(q, k, v, gate=kind(motion, strength=strength)).sin()
+    def call(motion, strength, scale):
+        gate = kind(motion, strength=strength)
+        out, aux = attend(q, k, v, gate=gate, scale=scale, visible=VISIBLE_12, return_aux=True)
+        return out.sin() + aux.lse[..., None]
 
-    compiled = torch.compile(call, fullgraph=True, dynamic=True, backend="aot_eager")
-    for value in (strength, 3.25):
-        got, expected = compiled(motion, value), call(motion, value)
+    count = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(call, fullgraph=True, dynamic=True, backend=count)
+    for i in range(10 if kind is MotionGate.pairwise else 3):  # more values than torch.compile would make graphs for
+        got, expected = (f(motion, 0.5 + 0.25 * i, 0.3 + 0.01 * i) for f in (compiled, call))
         torch.testing.assert_close(got, expected)
-        assert_same(torch.autograd.grad(got.sum(), motion), torch.autograd.grad(expected.sum(), motion))
+        wanted = (motion, q, v)
+        assert_same(torch.autograd.grad(got.sum(), wanted), torch.autograd.grad(expected.sum(), wanted))
+    if kind is MotionGate.pairwise:
+        assert count.frame_count == 1
+    torch.testing.assert_close(compiled(motion, 2, 0.3), call(motion, 2, 0.3))
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(motion, 1.75, 0.3), call(motion, 1.75, 0.3))
     with pytest.raises(Exception, match="strength must be finite"):
-        compiled(motion, -1.0)
+        compiled(motion, -1.0, 0.3)
 
 
+@pytest.mark.parametrize("row_stats", [True, False])
+def test_opcheck_of_the_operators_for_symbols(row_stats):
+    *tensors, scale, strength, renormalize = operands("pairwise")
+    tensors = [x if x is None else x.detach() for x in tensors]
+    numbers = torch.tensor([scale, strength], dtype=torch.float64)
+    arguments = (*tensors, numbers, renormalize, row_stats)
+    torch.library.opcheck(torch.ops.gate4d.attention_forward_symbolic, arguments)
+    out, lse, _ = torch.ops.gate4d.attention_forward_symbolic(*arguments)
+    inputs = torch.randn_like(out), None, *tensors[:3], out, lse, *tensors[3:], numbers, renormalize, True
+    torch.library.opcheck(torch.ops.gate4d.attention_backward_symbolic, inputs)
+
+
+VISIBLE_12 = Visibility.frame_causal(TokenLayout(4, 3))
 N = 12
 BUILT = {
     "frame_causal": lambda start, end, cu: Visibility.frame_causal(TokenLayout(4, 3), window=2, sinks=1),
