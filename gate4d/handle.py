@@ -175,7 +175,7 @@ def _install(model: nn.Module, own: Options, factory: Callable[..., Method] | No
             f"gate4d.patch: {len(table.unpatched)} modules attend in a way that is not known and stay as they are, no "
             f"gate reaches them: {'; '.join(table.unpatched[:4])}{'; ...' if len(table.unpatched) > 4 else ''}. "
             "The outputs do not change; print(handle.table) lists all of them.",
-            stacklevel=4,
+            stacklevel=3,
         )
     return handle
 

@@ -35,12 +35,19 @@ def attends(module: nn.Module) -> str | None:
     softmax = _SOFTMAX & names or any(isinstance(m, nn.Softmax) for m in module.children())
     if not (softmax and product):
         return None
-    query = next((n for n, m in module.named_children() if hasattr(m, "weight") and _projects_queries(n)), None)
-    return None if query is None else f"it has {query}, a softmax and products of matrices"
+    query = next((n for n, m in _near(module) if hasattr(m, "weight") and _QUERIES & set(_words(n))), None)
+    return None if query is None else f"its own code takes a softmax and multiplies matrices, beside {query}"
 
 
-def _projects_queries(name: str) -> bool:
-    return bool(_QUERIES & set(name.lower().split("_")))
+def _near(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Its children and theirs: a block may go around the forward of its attention."""
+    yield from module.named_children()
+    for name, child in module.named_children():
+        yield from ((f"{name}.{n}", m) for n, m in child.named_children())
+
+
+def _words(name: str) -> list[str]:
+    return name.lower().rpartition(".")[2].split("_")
 
 
 @lru_cache(maxsize=4096)

@@ -22,7 +22,7 @@ def recognise(mask: Tensor, queries: int, keys: int) -> Visibility | None:
         ValueError: the mask does not have the size of this attention, as with a wrong number of frames.
     """
     if mask.dim() < 2:
-        mask = mask.expand(1, *(mask.shape or (1,)))
+        return None
     if any(size not in (1, wanted) for size, wanted in zip(mask.shape[-2:], (queries, keys), strict=True)):
         raise ValueError(
             f"attn_mask must have shape [{queries}, {keys}] (queries, keys), got {list(mask.shape)}: "

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import inspect
 import itertools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import numpy as np
@@ -67,13 +67,16 @@ class MapReaders:
         if owner is None:  # a part is copied without the loops: they are not known there
             return None
         twin = memo[id(self)] = copy.copy(self)
-        twin.owner, twin._asked = owner, set()
+        twin.owner = owner
         return twin
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_settings": None, "_asked": set()}  # tried again where it is loaded
 
     def map_of(self, attention: ReturnsMaps, q: Tensor, k: Tensor, mask: Tensor | None) -> Tensor:
         """The map of ``attention``, or its mean where means are enough."""
         if not torch.compiler.is_compiling():
-            if id(attention) in self._asked:  # a new frame
+            if not self._asked or id(attention) in self._asked:  # a new frame
                 self.check()
             self._asked.add(id(attention))
         enough = self.reason is None and mask is None
@@ -97,8 +100,8 @@ class MapReaders:
             return None
         config = vars(self.owner).get("config", {})
         config = config if isinstance(config, Mapping) else getattr(config, "__dict__", {})
-        values = [(n, v) for source in (_plain(self.owner, self._state), config) for n, v in source.items()]
-        values = [(n, v) for n, v in values if isinstance(v, _PLAIN)]
+        own = {n: v for n, v in vars(self.owner).items() if n not in self._state}
+        values = [(n, v) for source in (own, config) for n, v in source.items() if isinstance(v, _PLAIN)]
         return values + [getattr(getattr(self.owner, name), "__func__", None) for name in self.loops]
 
     def _trial(self) -> str | None:
@@ -127,19 +130,20 @@ class MapReaders:
 
     def _run(self, name: str, probe: _Probe) -> _Probe:
         twin = detached_copy(self.owner, share=True)
-        if not any(path.startswith("enc_blocks.") for path in self.attention):
-            _lighten(twin)
+        _lighten(twin, self.attention)
         for path, replace in self.attention.items():
             module = twin.get_submodule(path)
             control = replace(module)
             control.reader = probe
             control.observers.append(probe.observe)
             module.__dict__[control.attribute] = control
-        torch.manual_seed(0)
-        before = _plain(twin, set())
-        result = getattr(twin, name)(**_arguments(twin, name))
-        after = _plain(twin, set())
-        self._state |= {n for n in before.keys() | after.keys() if before.get(n, probe) != after.get(n, probe)}
+        torch.default_generator.manual_seed(0)
+        before = dict(vars(twin))
+        try:
+            result = getattr(twin, name)(**_arguments(twin, name))
+        finally:
+            after = vars(twin)
+            self._state |= {n for n in before.keys() | after.keys() if before.get(n, probe) is not after.get(n, probe)}
         kept = [[v for n, v in vars(m).items() if n not in ("_modules", "_parameters")] for m in twin.modules()]
         probe.seen += [x for x in tree_leaves((result, kept)) if isinstance(x, (Tensor, np.ndarray, float))]
         return probe
@@ -169,9 +173,10 @@ class _Probe:
         return mean + _NOISE * (noise - noise.mean(-1, keepdim=True)).to(mean.device, mean.dtype)
 
 
-def _lighten(model: nn.Module) -> None:
-    """Takes out of a copy what costs time and has no part in how maps are read; every layer of the decoders stays."""
-    if isinstance(blocks := getattr(model, "enc_blocks", None), nn.ModuleList):
+def _lighten(model: nn.Module, kept: Collection[str]) -> None:
+    """Takes out of a copy what costs time and has no part in how maps are read; ``kept`` names what gives them."""
+    blocks = getattr(model, "enc_blocks", None)
+    if isinstance(blocks, nn.ModuleList) and not any(name.startswith("enc_blocks.") for name in kept):
         model.enc_blocks = blocks[:1]
     for module in list(model.modules()):
         if isinstance(getattr(module, "mlp", None), nn.Module):
@@ -211,10 +216,6 @@ def _required(function: Any) -> list[str]:
     """What a loop has to be called with; the device always, because upstream's default is another one."""
     parameters = inspect.signature(function).parameters.values()
     return [p.name for p in parameters if p.name == "device" or (p.default is p.empty and p.kind not in _STARRED)]
-
-
-def _plain(model: nn.Module, but: set[str]) -> dict[str, Any]:
-    return {n: v for n, v in vars(model).items() if isinstance(v, _PLAIN) and n not in but}
 
 
 def _arguments(model: nn.Module, name: str) -> dict[str, Any]:

@@ -74,14 +74,14 @@ def cut3r(true, loop="forward_recurrent", **config):
     ))  # fmt: skip
     for name, value in config.items():
         setattr(model.config, name, value)
-    rope = RoPE2D()  # upstream's Python version fails at the pose token's position -1
-    for module in model.modules():
-        if getattr(module, "rope", None) is not None:
+    rope = RoPE2D()  # upstream's Python version fails at the pose token's position -1; the encoder keeps its own
+    for name, module in model.named_modules():
+        if getattr(module, "rope", None) is not None and not name.startswith("enc_blocks."):
             module.rope = rope
     height, width = (288, 512) if true else (64, 96)
     yes, no = torch.tensor([True]), torch.tensor([False])
     inputs = views(
-        2 if true else 3, height, width, ray_map=torch.full((1, height, width, 6), float("nan")),
+        2 if true else 4, height, width, ray_map=torch.full((1, height, width, 6), float("nan")),
         camera_pose=torch.eye(4)[None], img_mask=yes, ray_mask=no, update=yes, reset=no,
     )  # fmt: skip
     loops = dict.fromkeys(("forward_recurrent", loop))  # TTT3R: without and with its gate
@@ -296,6 +296,10 @@ BUILDERS = {
     "EASI3R": ((".",), lambda true: dust3r(true, easi3r=True)),
     "CUT3R": (("src",), cut3r),
     "TTT3R": (("src",), lambda true: cut3r(true, "forward_recurrent_lighter", model_update_type="ttt3r")),
+    # Forks of TTT3R, which read its maps in other ways.
+    "RECAL3R": (("src",), lambda true: cut3r(true, "forward_recurrent_lighter", model_update_type="recal3r")),
+    "TTSA3R": (("src",), cut3r),
+    "FILT3R": (("src",), lambda true: cut3r(true, "forward_recurrent_lighter", model_update_type="filt3r")),
     "VGGT": (("src", "."), vggt),
     "FASTVGGT": ((".",), fastvggt),
     "STREAMVGGT": (("src",), streamvggt),
@@ -388,6 +392,7 @@ def main():
                 got, after = measure(run, model, args.memory)
                 assert list(model.state_dict()) == keys
                 report["families"], report["modules"] = handle.table.families, len(handle.table)
+                report["notes"] = handle.table.notes
                 report["parts"] = [part.__name__ for _, part in handle.table.parts]
                 report["unused"] = [r.name for r in handle.table if r.tokens is None]
             for _ in range(args.repeat):  # alternating, so that a slow spell of the machine meets both

@@ -135,7 +135,7 @@ def main():
                 report[f"clip at once, method {method}"] = seconds(lambda: model(images[None]))
     else:
         images = torch.rand(6, 3, 56, 70)
-        clip = images[None] if args.name == "STREAM3R" else [{"img": image[None]} for image in images]
+        clip = [{"img": image[None]} for image in images] if args.name == "STREAMVGGT" else images[None]
         with gate4d.patch(model, method="more") as handle:
             expected, stream = outputs(model(clip)), handle.method.stream(images)
             steps = list(stream)

@@ -164,6 +164,9 @@ UPSTREAM = (
     "EASI3R",
     "CUT3R",
     "TTT3R",
+    "RECAL3R",
+    "TTSA3R",
+    "FILT3R",
     "VGGT",
     "FASTVGGT",
     "STREAMVGGT",
@@ -186,3 +189,5 @@ def test_real_checkout(name):
     for run, result in report["runs"].items():
         assert result["difference"] <= 1e-4, run
         assert result["restored"], run
+    if "3R" in name and name not in ("DUST3R", "EASI3R", "STREAM3R"):  # CUT3R and its forks, encoders included
+        assert {"cut3r"} <= set(report["families"]) <= {"cut3r", "ttt3r"}
