@@ -1,11 +1,11 @@
-# make demo | test | bench | lint | sanitize | fuzz | soak | cubins. Every target reuses one .venv and one build.
+# make demo | test | bench | lint | types | format | sanitize | fuzz | soak | cubins. Every target reuses one .venv and one build.
 PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check
 SOURCES := setup.py pyproject.toml constraints.txt $(shell find csrc -type f 2>/dev/null)
 
-.PHONY: setup demo test bench lint format sanitize sanitize-threads fuzz soak cubins clean
+.PHONY: setup demo test bench lint types format sanitize sanitize-threads fuzz soak cubins clean
 setup: $(VENV)/.ready
 
 $(VENV)/.torch: constraints.txt
@@ -35,13 +35,24 @@ test: setup
 bench: setup
 	$(PY) -m gate4d.cli.main bench $(ARGS)
 
+CLANG_FORMAT := git ls-files '*.cpp' '*.h' '*.cu' '*.cuh' | xargs -r $(VENV)/bin/clang-format
 lint: setup
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
+	$(CLANG_FORMAT) --dry-run --Werror
+	@$(MAKE) --no-print-directory types
+
+# kernels/ is installed as gate4d.kernels: mypy sees it there in a tree of links.
+TYPES := build/types
+types: setup
+	@rm -rf $(TYPES) && mkdir -p $(TYPES)
+	@cp -rs $(CURDIR)/gate4d $(TYPES)/gate4d && cp -rs $(CURDIR)/kernels $(TYPES)/gate4d/kernels
+	cd $(TYPES) && $(CURDIR)/$(VENV)/bin/mypy --config-file $(CURDIR)/pyproject.toml --cache-dir ../mypy
 
 format: setup
 	$(VENV)/bin/ruff check --fix .
 	$(VENV)/bin/ruff format .
+	$(CLANG_FORMAT) -i
 
 # The C++ kernels built again with AddressSanitizer and UndefinedBehaviorSanitizer, beside the normal build, and the
 # kernel tests under each instruction set that this machine has; then, where the compiler has it, with ThreadSanitizer

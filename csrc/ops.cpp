@@ -159,8 +159,7 @@ struct GateTensors {
 
   GateTensors(const Sizes& n, const Optional& a, const Optional& b, const Optional& drop, const Optional& visible,
               double strength)
-      : query_score(scores(a, "query_score", n.batch, n.queries)),
-        key_score(scores(b, "key_score", n.batch, n.keys)) {
+      : query_score(scores(a, "query_score", n.batch, n.queries)), key_score(scores(b, "key_score", n.batch, n.keys)) {
     gate4d::expect_strength(strength);
     if (drop) {
       expect(*drop, "dropped_keys", aoti_torch_dtype_bool(), {n.batch, n.keys});
@@ -175,9 +174,17 @@ struct GateTensors {
   }
 
   gate4d::GateInput input(const Sizes& n, double strength, bool renormalize, bool squares) const {
-    return {(int)n.batch, (int)n.queries, (int)n.keys, data_or_null<float>(query_score), data_or_null<float>(key_score),
-            data_or_null<uint8_t>(dropped), data_or_null<int32_t>(bounds), (int)bounds_batch, (float)strength,
-            renormalize, squares ? gate4d::SMALLEST_SQUARED_WEIGHT : gate4d::SMALLEST_WEIGHT};
+    return {(int)n.batch,
+            (int)n.queries,
+            (int)n.keys,
+            data_or_null<float>(query_score),
+            data_or_null<float>(key_score),
+            data_or_null<uint8_t>(dropped),
+            data_or_null<int32_t>(bounds),
+            (int)bounds_batch,
+            (float)strength,
+            renormalize,
+            squares ? gate4d::SMALLEST_SQUARED_WEIGHT : gate4d::SMALLEST_WEIGHT};
   }
 
  private:
@@ -384,7 +391,8 @@ std::tuple<Tensor, Tensor> cross_moments(std::vector<Tensor> x, Tensor y, Tensor
   f.y_batch = y.stride(0), f.y_row = y.stride(1);
   f.mean = (float*)mean.data_ptr(), f.m2 = (float*)m2.data_ptr();
   f.batch = (int)batch, f.rows = (int)rows, f.columns = (int)columns, f.features = (int)features;
-  // A row is one lane whatever the blocks are: they may follow the number of threads, and pack y as seldom as it allows.
+  // A row is one lane whatever the blocks are: they may follow the number of threads, and pack y as seldom as it
+  // allows.
   const int64_t panels = (rows + kernels.panel - 1) / kernels.panel;
   const int64_t by_threads = batch * panels / (2 * torch::stable::get_num_threads());
   const int64_t by_memory = (2 << 20) / (4 * kernels.panel * std::max<int64_t>(features, 1));

@@ -60,7 +60,7 @@ def check_visible(visible: Visibility, q: Tensor, k: Tensor) -> Tensor | None:
     if bounds is None:
         return None
     if torch.compiler.is_compiling():
-        _check_traced(visible, q.shape[2], k.shape[2])
+        _check_traced(visible, bounds, q.shape[2], k.shape[2])
     if bounds.shape[2] != q.shape[2] or bounds.shape[0] not in (1, q.shape[0]):
         raise ValueError(
             f"visible must describe Nq={q.shape[2]} queries of a batch of 1 or {q.shape[0]}, "
@@ -73,13 +73,13 @@ def check_visible(visible: Visibility, q: Tensor, k: Tensor) -> Tensor | None:
     return visible.bounds_on(q.device)
 
 
-def _check_traced(visible: Visibility, num_queries: int, num_keys: int) -> None:
+def _check_traced(visible: Visibility, bounds: Tensor, num_queries: int, num_keys: int) -> None:
     """What a visibility built inside a compiled function does not know while it is traced is checked when it runs."""
-    torch._check(visible.bounds.shape[2] == num_queries)
+    torch._check(bounds.shape[2] == num_queries)
     if visible.num_keys is not None:
         torch._check(visible.num_keys == num_keys)
     if visible.key_extent is None:
-        torch._assert_async((visible.bounds <= num_keys).all(), "visible has intervals beyond the last key.")
+        torch._assert_async((bounds <= num_keys).all(), "visible has intervals beyond the last key.")
 
 
 def check_pair(q: Tensor, k: Tensor) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Literal, NamedTuple, overload
 
 import torch
 import torch.nn.functional as F
@@ -37,6 +37,27 @@ class AttentionAux(NamedTuple):
     entropy: Tensor | None = None
     max_prob: Tensor | None = None
     sum_sq: Tensor | None = None
+
+
+@overload
+def gated_attention(
+    q: Tensor, k: Tensor, v: Tensor, *, gate: MotionGate | None = ..., visible: Visibility | None = ...,
+    scale: float | None = ..., row_stats: Sequence[str] = ..., return_aux: Literal[False] = ..., backend: str = ...,
+) -> Tensor: ...  # fmt: skip
+
+
+@overload
+def gated_attention(
+    q: Tensor, k: Tensor, v: Tensor, *, gate: MotionGate | None = ..., visible: Visibility | None = ...,
+    scale: float | None = ..., row_stats: Sequence[str] = ..., return_aux: Literal[True], backend: str = ...,
+) -> tuple[Tensor, AttentionAux]: ...  # fmt: skip
+
+
+@overload
+def gated_attention(
+    q: Tensor, k: Tensor, v: Tensor, *, gate: MotionGate | None = ..., visible: Visibility | None = ...,
+    scale: float | None = ..., row_stats: Sequence[str] = ..., return_aux: bool = ..., backend: str = ...,
+) -> Tensor | tuple[Tensor, AttentionAux]: ...  # fmt: skip
 
 
 def gated_attention(
@@ -152,7 +173,7 @@ def _prepare(
         renormalize=g.renormalize,
         learned=torch.is_grad_enabled()
         and any(x is not None and x.requires_grad for x in (g.query_score, g.key_score)),
-        index=device.index,
+        device_index=device.index,
     )
     call = Call(
         q=q,

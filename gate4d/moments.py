@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -33,6 +34,10 @@ class Moments:
     # accurately as one, where plain fp32 updates would drown in the sum's last bit; and the last bit of a mean of 10^4,
     # which is 10^-3, is not taken for a spread between partials.
     _carry: Tensor | None = field(default=None, repr=False)
+
+    if TYPE_CHECKING:  # count may be given as an int; as an attribute it is a tensor
+
+        def __init__(self, count: int | Tensor, mean: Tensor, m2: Tensor, _carry: Tensor | None = None) -> None: ...
 
     def __post_init__(self) -> None:
         for name, x in (("mean", self.mean), ("m2", self.m2)):
@@ -146,13 +151,14 @@ class Moments:
 
     def to(self, *args: torch.dtype | torch.device | str) -> Moments:
         """Mean and m2 in another dtype or on another device."""
-        mean, m2 = self.mean.to(*args), self.m2.to(*args)
+        # torch's stubs have no overload for arguments that are either a dtype or a device.
+        mean, m2 = self.mean.to(*args), self.m2.to(*args)  # type: ignore[call-overload]
         carry = self._carry
         if torch.finfo(mean.dtype).bits < torch.finfo(self.mean.dtype).bits:  # what the narrower ones leave
             low = self._low()
             left = [x - y.to(x) + z for x, y, z in ((self.mean, mean, low[0]), (self.m2, m2, low[1]))]
             carry = torch.stack(left)
-        return Moments(self.count.to(mean.device), mean, m2, None if carry is None else carry.to(*args))
+        return Moments(self.count.to(mean.device), mean, m2, None if carry is None else carry.to(mean))
 
     @torch.no_grad()
     def all_reduce(self, group: torch.distributed.ProcessGroup | None = None) -> Moments:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import accumulate
 from operator import index
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,8 +32,8 @@ class TokenLayout:
         if not isinstance(frames, int) or frames < 1:
             raise ValueError(f"frames must be an int >= 1, got {frames!r}.")
         try:
-            ragged = hasattr(tokens_per_frame, "__len__")
-            sizes = tuple(map(index, tokens_per_frame)) if ragged else (index(tokens_per_frame),) * frames
+            given: Any = tokens_per_frame
+            sizes = tuple(map(index, given)) if hasattr(given, "__len__") else (index(given),) * frames
         except TypeError:
             raise TypeError(
                 f"tokens_per_frame must be an int or one int per frame, got {tokens_per_frame!r}."
@@ -138,7 +139,9 @@ class Visibility:
         if num_keys is None or torch.compiler.is_compiling():
             pass
         elif not (key_extent or 0) <= num_keys <= MAX_KEYS:
-            raise ValueError(f"num_keys must be in [{key_extent or 0}, {MAX_KEYS}] (key_extent, int32), got {num_keys}.")
+            raise ValueError(
+                f"num_keys must be in [{key_extent or 0}, {MAX_KEYS}] (key_extent, int32), got {num_keys}."
+            )
         self.bounds = bounds
         self.key_extent = key_extent
         self.num_keys = num_keys
@@ -203,6 +206,7 @@ class Visibility:
         """
         framed = cls.frame_causal(layout, window, sinks)
         last = torch.arange(1, layout.num_tokens + 1, dtype=torch.int32)
+        assert framed.bounds is not None, "frame_causal lists its queries"
         start, end, sink = framed.bounds.unbind(1)
         bounds = torch.stack((start, end.minimum(last), sink.minimum(last)), dim=1)
         return cls._of_checked(bounds, framed.key_extent, framed.num_keys)
@@ -232,8 +236,6 @@ class Visibility:
         )
         if torch.compiler.is_compiling():
             torch._check(num_queries >= 0)
-        else:
-            _check_num_keys(num_keys, "cu_seqlens" if cu_seqlens_k is None else "cu_seqlens_k")
         bounds = rows.repeat_interleave(queries.diff(), dim=1, output_size=num_queries).to(torch.int32)
         if not torch.compiler.is_compiling():
             _check_num_keys(num_keys, "cu_seqlens" if cu_seqlens_k is None else "cu_seqlens_k")
@@ -292,26 +294,28 @@ class Visibility:
             ValueError: one of the two is full, and so does not say how many queries it has, or they describe another
                 number of keys or batch items.
         """
-        if self.bounds is None or other.bounds is None:
+        mine, theirs = self.bounds, other.bounds
+        if mine is None or theirs is None:
             raise ValueError("with_rows needs two visibilities that list their queries, got a full one.")
         keys = {v.num_keys for v in (self, other)} - {None}
-        batch = {v.bounds.shape[0] for v in (self, other)} - {1}
+        batch = {mine.shape[0], theirs.shape[0]} - {1}
         if len(keys) > 1 or len(batch) > 1:
             raise ValueError(
                 f"other must describe the same keys and batch, got {other.num_keys} keys for {self.num_keys} and "
-                f"{other.bounds.shape[0]} items for {self.bounds.shape[0]}."
+                f"{theirs.shape[0]} items for {mine.shape[0]}."
             )
-        both = [v.bounds.expand(max(batch, default=1), -1, -1) for v in (self, other)]
-        extent = max(self.key_extent, other.key_extent)
+        both = [bounds.expand(max(batch, default=1), -1, -1) for bounds in (mine, theirs)]
+        extent = None  # one of them was built while torch.compile traced, and is checked when it runs
+        if self.key_extent is not None and other.key_extent is not None:
+            extent = max(self.key_extent, other.key_extent)
         return self._of_checked(torch.cat(both, dim=2), extent, next(iter(keys), None))
 
     def bounds_on(self, device: torch.device) -> Tensor | None:
         """``bounds`` on ``device``; the copy is kept, so that a visibility reused over layers is moved once."""
-        bounds = self.bounds
-        if bounds is None:
+        own = self.bounds
+        if own is None:
             return None
-        if bounds.device != device:
-            bounds = kept(self._on_device, device, lambda: self.bounds.to(device))
+        bounds = own if own.device == device else kept(self._on_device, device, lambda: own.to(device))
         # Made in inference mode they cannot be saved for a backward: they get a copy that can.
         if torch.is_grad_enabled() and not torch.compiler.is_compiling() and bounds.is_inference():
             if bounds is self.bounds:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, MutableMapping
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
+Key = TypeVar("Key", bound=Hashable)
 
-def kept(cache: MutableMapping[Hashable, Tensor], key: Hashable, make: Callable[[], Tensor]) -> Tensor:
+
+def kept(cache: MutableMapping[Key, Tensor], key: Key, make: Callable[[], Tensor]) -> Tensor:
     """``cache[key]``, made on the first call. What lives for one trace alone is made and not kept.
 
     Under a dispatch mode (fake tensors, export, tracing) a new tensor belongs to the trace; ``torch.compile`` replays

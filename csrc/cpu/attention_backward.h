@@ -17,21 +17,21 @@ constexpr float LARGEST_EXPONENT = 115.0f;  // a key of weight 0 may have any lo
 
 struct PanelGrad {
   float lse[PANEL], shift[PANEL], shift_rest[PANEL];  // see Shift
-  float delta[PANEL];  // D
-  float score[PANEL];  // gradient of a
-  bool far;            // lse is subtracted from the logits beforehand, shifts are 0
-  bool finite;         // no NaN or infinity in what is read of the queries; looked at where keys can be invisible
+  float delta[PANEL];                                 // D
+  float score[PANEL];                                 // gradient of a
+  bool far;                                           // lse is subtracted from the logits beforehand, shifts are 0
+  bool finite;  // no NaN or infinity in what is read of the queries; looked at where keys can be invisible
 };
 
 struct BackwardTile {
-  int depth, values;            // features of a packed key and value row, multiples of J and W
-  float *q, *grad_out;          // [panels][depth or values][PANEL], queries along the lanes
-  float *q_rows, *grad_rows;    // [panels][PANEL][depth or values], features along the lanes
-  float* grad_q;                // [panels][depth][PANEL]
+  int depth, values;               // features of a packed key and value row, multiples of J and W
+  float *q, *grad_out;             // [panels][depth or values][PANEL], queries along the lanes
+  float *q_rows, *grad_rows;       // [panels][PANEL][depth or values], features along the lanes
+  float* grad_q;                   // [panels][depth][PANEL]
   float *k, *v, *grad_k, *grad_v;  // [TILE][depth or values]
-  float *p, *ds;                // [TILE][PANEL]
-  float *b, *grad_b;            // [TILE], [TILE][W]
-  float *sum_k, *sum_v;         // [keys of the chunk][D or Dv], for 16-bit gradients
+  float *p, *ds;                   // [TILE][PANEL]
+  float *b, *grad_b;               // [TILE], [TILE][W]
+  float *sum_k, *sum_v;            // [keys of the chunk][D or Dv], for 16-bit gradients
   PanelQueries* queries;
   PanelGrad* grads;
 
@@ -63,15 +63,14 @@ struct BackwardTile {
 template <int R>
 void subtract_far_lse(GateKind gate, float* s, int n, float scale, const PanelGrad& grad) {
   const vf largest = set1(gate == NO_GATE ? 0.0f : __builtin_inff());
-  for (int j = 0; j < n; ++j)
-    GATE4D_UNROLL for (int r = 0; r < R; ++r) {
+  for (int j = 0; j < n; ++j) GATE4D_UNROLL for (int r = 0; r < R; ++r) {
       float* at = s + j * PANEL + r * W;
       store(at, min(largest, rounded(load(at) * scale) - load(grad.lse + r * W)));
     }
 }
 
-// Logits and dP to P and dS, in place; gradients of the gate's scores where asked for. `scale` is that of the logits, in
-// units of log2 unless the weights fold.
+// Logits and dP to P and dS, in place; gradients of the gate's scores where asked for. `scale` is that of the logits,
+// in units of log2 unless the weights fold.
 template <int R, GateKind GATE, bool RENORMALIZE, bool SCORES>
 void differentiate(float* s, float* dp, int n, float scale, const float* b, const PanelQueries& panel, PanelGrad& grad,
                    float* grad_b, const Power& strength) {
@@ -138,8 +137,8 @@ void differentiate_by_gate(GateKind gate, bool renormalize, bool scores, float* 
                            const Power& strength) {
 #define GATE4D_CALL(kind, renorm, with_scores) \
   differentiate<R, kind, renorm, with_scores>(s, dp, n, scale, b, panel, grad, grad_b, strength)
-#define GATE4D_CASE(kind)                                                                          \
-  case kind:                                                                                       \
+#define GATE4D_CASE(kind)                                                                            \
+  case kind:                                                                                         \
     if (renormalize) return scores ? GATE4D_CALL(kind, true, true) : GATE4D_CALL(kind, true, false); \
     return scores ? GATE4D_CALL(kind, false, true) : GATE4D_CALL(kind, false, false);
   switch (gate) {
@@ -172,8 +171,8 @@ void add_features(const float* a, const float* b, float* c, int rows, int querie
 // differentiate_by_gate key by key, with the queries that do not see a key taken out: a NaN of theirs would come
 // through its product with their probability of 0. For tiles in which that can happen.
 template <int R>
-void differentiate_seen(GateKind gate, bool renormalize, bool scores, float* s, float* dp, int n, int first, float scale,
-                        const float* b, const PanelQueries& panel, PanelGrad& grad, float* grad_b,
+void differentiate_seen(GateKind gate, bool renormalize, bool scores, float* s, float* dp, int n, int first,
+                        float scale, const float* b, const PanelQueries& panel, PanelGrad& grad, float* grad_b,
                         const Power& strength) {
   const Seen<R> seen(panel);
   PanelGrad one = grad;
@@ -247,7 +246,8 @@ float dot(const float* a, const T* b, int n) {
 template <class T>
 void read_block(const AttentionBackward& f, const BackwardTile& t, int batch, int head, int i, int query) {
   const T* q = (const T*)f.q.data + batch * f.q.batch + head * f.q.head + query * f.q.token;
-  const T* grad = (const T*)f.grad_out.data + batch * f.grad_out.batch + head * f.grad_out.head + query * f.grad_out.token;
+  const T* grad =
+      (const T*)f.grad_out.data + batch * f.grad_out.batch + head * f.grad_out.head + query * f.grad_out.token;
   const T* out = (const T*)f.out.data + batch * f.out.batch + head * f.out.head + query * f.out.token;
   const int64_t row = ((int64_t)batch * f.heads + head) * f.queries + query;
   const int64_t at_q = (int64_t)i * t.depth * PANEL, at_v = (int64_t)i * t.values * PANEL;

@@ -127,9 +127,9 @@ void weigh(float* s, int lane, int n, float factor, const float* peak, const flo
 template <class M, bool STATS>
 void weigh_by_gate(GateKind gate, bool renormalize, float* s, int lane, int n, float factor, const float* peak,
                    const float* b, const PanelQueries& p, const Power& strength, Running& run) {
-#define GATE4D_CASE(kind)                                                                                   \
-  case kind:                                                                                                \
-    if (renormalize) return weigh<M, kind, true, STATS>(s, lane, n, factor, peak, b, p, strength, run);     \
+#define GATE4D_CASE(kind)                                                                               \
+  case kind:                                                                                            \
+    if (renormalize) return weigh<M, kind, true, STATS>(s, lane, n, factor, peak, b, p, strength, run); \
     return weigh<M, kind, false, STATS>(s, lane, n, factor, peak, b, p, strength, run);
   switch (gate) {
     GATE4D_CASE(KEY_GATE)
@@ -145,9 +145,9 @@ void weigh_by_gate(GateKind gate, bool renormalize, float* s, int lane, int n, f
 template <class M>
 struct ForwardTile {
   using Elem = typename M::Elem;
-  int depth, values;  // elements of a packed key, padded features of a packed value
-  Elem *q, *k, *v;    // [panels][depth][PANEL], [TILE][depth], [TILE / pack][values]
-  float *s, *out, *b; // [TILE][PANEL], [panels][values][PANEL], [TILE]
+  int depth, values;   // elements of a packed key, padded features of a packed value
+  Elem *q, *k, *v;     // [panels][depth][PANEL], [TILE][depth], [TILE / pack][values]
+  float *s, *out, *b;  // [TILE][PANEL], [panels][values][PANEL], [TILE]
   PanelQueries* queries;
   Running* running;
 
@@ -165,7 +165,8 @@ struct ForwardTile {
 };
 
 template <class T>
-void pack_values(const T* from, int64_t stride, const int32_t* index, int first, int n, int dim, int padded, float* to) {
+void pack_values(const T* from, int64_t stride, const int32_t* index, int first, int n, int dim, int padded,
+                 float* to) {
   pack_rows(from, stride, index, first, n, dim, padded, to);
 }
 #if defined(GATE4D_AVX512_BF16)

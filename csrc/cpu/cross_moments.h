@@ -55,7 +55,8 @@ void add_product(const float* x, const float* centre, int features, float* out) 
   for (int first = 0; first < features; first += CHUNK) {
     vf sum[3] = {};
     for (int d = first; d < min(first + CHUNK, features); ++d)
-      GATE4D_UNROLL for (int r = 0; r < 3; ++r) sum[r] = fma(load(x + (int64_t)d * PANEL + r * W), set1(centre[d]), sum[r]);
+      GATE4D_UNROLL for (int r = 0; r < 3; ++r) sum[r] =
+          fma(load(x + (int64_t)d * PANEL + r * W), set1(centre[d]), sum[r]);
     GATE4D_UNROLL for (int r = 0; r < 3; ++r) store(out + r * W, load(out + r * W) + sum[r]);
   }
 }
@@ -64,8 +65,7 @@ template <int R>
 void merge_product(const float* s, int n, PanelMoments& p) {
   vf total[R];
   GATE4D_UNROLL for (int r = 0; r < R; ++r) total[r] = vf{};
-  for (int i = 0; i < n; ++i)
-    GATE4D_UNROLL for (int r = 0; r < R; ++r) total[r] += load(s + i * PANEL + r * W);
+  for (int i = 0; i < n; ++i) GATE4D_UNROLL for (int r = 0; r < R; ++r) total[r] += load(s + i * PANEL + r * W);
   merge_tile<R>(s, n, total, p);
 }
 
@@ -90,7 +90,9 @@ void cross(const CrossMoments& f, int64_t task, void* memory) {
       pack_centred(y + first * f.y_row + d, f.y_row, centre + d, n, k, t.y);
       for (int i = 0; i < panels; ++i) {
         const int vectors = (rows_of(i) + W - 1) / W;
-        const auto product = vectors == 3 ? gemm_rows<Float, 3> : vectors == 2 ? gemm_rows<Float, 2> : gemm_rows<Float, 1>;
+        const auto product = vectors == 3   ? gemm_rows<Float, 3>
+                             : vectors == 2 ? gemm_rows<Float, 2>
+                                            : gemm_rows<Float, 1>;
         product(t.y, CHUNK, 1, t.x + ((int64_t)i * f.features + d) * PANEL, PANEL, t.s + i * TILE * PANEL, PANEL,
                 round_up(n, J), k, d > 0);
       }

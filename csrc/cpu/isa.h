@@ -12,9 +12,10 @@
 #include "cross_moments.h"
 #include "received_attention.h"
 
-#define GATE4D_DEFINE_KERNELS(symbol, name)                                                                        \
-  namespace gate4d {                                                                                               \
-  extern const Kernels symbol;                                                                                     \
-  const Kernels symbol = {name,      PANEL,            forward_scratch, forward,       backward_scratch, backward, \
-                          sum_parts, received_scratch, received,        cross_scratch, cross};                     \
+#define GATE4D_DEFINE_KERNELS(symbol, name)                                                  \
+  namespace gate4d {                                                                         \
+  extern const Kernels symbol;                                                               \
+  const Kernels symbol = {name,     PANEL,     forward_scratch,  forward,  backward_scratch, \
+                          backward, sum_parts, received_scratch, received, cross_scratch,    \
+                          cross};                                                            \
   }

@@ -40,11 +40,11 @@ struct AttentionForward {
 
 struct AttentionBackward {
   Heads q, k, v, out, grad_out;
-  const float *lse, *grad_lse;     // [B, H, Nq]; grad_lse may be null
-  Heads grad_q, grad_k, grad_v;    // zeroed by the caller
-  float* grad_q_parts;             // [chunks, B, H, Nq, D] in place of grad_q where there are several chunks
-  float* grad_query_score;         // [chunks, B, H, Nq], or null
-  float* grad_key_weight;          // [B, H, Nk] with respect to b, or to the key weight; zeroed; null if not asked for
+  const float *lse, *grad_lse;   // [B, H, Nq]; grad_lse may be null
+  Heads grad_q, grad_k, grad_v;  // zeroed by the caller
+  float* grad_q_parts;           // [chunks, B, H, Nq, D] in place of grad_q where there are several chunks
+  float* grad_query_score;       // [chunks, B, H, Nq], or null
+  float* grad_key_weight;        // [B, H, Nk] with respect to b, or to the key weight; zeroed; null if not asked for
   int batch, heads, queries, keys, head_dim, value_dim;
   DType dtype;
   float scale;

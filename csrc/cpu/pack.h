@@ -150,7 +150,8 @@ void pack_row_pairs(const bf16* from, int64_t stride, const int32_t* index, int 
     int d = 0;
     for (; d + W <= dim; d += W) {
       const __m512i lo = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)(even + d)));
-      const __m512i hi = odd ? _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)(odd + d))) : _mm512_setzero_si512();
+      const __m512i hi =
+          odd ? _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)(odd + d))) : _mm512_setzero_si512();
       _mm512_storeu_si512(out + d, _mm512_or_si512(lo, _mm512_slli_epi32(hi, 16)));
     }
     for (; d < dim; ++d) out[d] = even[d].bits | (odd ? (uint32_t)odd[d].bits << 16 : 0u);

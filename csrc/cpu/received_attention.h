@@ -59,8 +59,7 @@ void read_tile(const ReceivedAttention& f, int batch, int head, int first, TileQ
 template <int R>
 void subtract_far_lse(GateKind gate, float* s, float scale, const TileQueries& t) {
   const vf largest = set1(gate == NO_GATE ? 0.0f : __builtin_inff());
-  for (int i = 0; i < t.rows; ++i)
-    GATE4D_UNROLL for (int r = 0; r < R; ++r) {
+  for (int i = 0; i < t.rows; ++i) GATE4D_UNROLL for (int r = 0; r < R; ++r) {
       float* at = s + i * PANEL + r * W;
       store(at, min(largest, rounded(load(at) * scale) - set1(t.lse[i])));
     }

@@ -172,11 +172,11 @@ GATE4D_INLINE vf log2(vf x) {
 #if defined(GATE4D_AVX512)
   // By 16ths of the mantissa: a third of the multiplications of one polynomial over all of it.
   const vf inverse = {0.969696999f, 0.914285719f, 0.864864886f, 0.820512831f, 0.780487776f, 0.744186044f,
-                     0.711111128f, 0.680851042f, 0.653061211f, 0.627451003f, 0.603773594f,
-                     0.581818163f, 0.561403513f, 0.542372882f, 0.524590135f, 0.507936537f};
+                      0.711111128f, 0.680851042f, 0.653061211f, 0.627451003f, 0.603773594f, 0.581818163f,
+                      0.561403513f, 0.542372882f, 0.524590135f, 0.507936537f};
   const vf log_of = {0.0443940759f, 0.129283011f, 0.209453329f, 0.285402209f, 0.357552052f, 0.426264763f,
-                    0.491853058f, 0.554588914f, 0.614709854f, 0.67242527f, 0.727920413f,
-                    0.781359732f, 0.832889974f, 0.882643044f, 0.930737436f, 0.977279842f};
+                     0.491853058f,  0.554588914f, 0.614709854f, 0.67242527f,  0.727920413f, 0.781359732f,
+                     0.832889974f,  0.882643044f, 0.930737436f, 0.977279842f};
   x = max(set1(1.17549435e-38f), x);
   const vf e = _mm512_getexp_ps(x), m = _mm512_getmant_ps(x, _MM_MANT_NORM_1_2, _MM_MANT_SIGN_src);
   const __m512i part = _mm512_srli_epi32((__m512i)m, 19);
@@ -219,10 +219,10 @@ GATE4D_INLINE float to_float(fp16 x) {
   const uint32_t sign = (uint32_t)(x.bits & 0x8000) << 16;
   const uint32_t rest = x.bits & 0x7fff;
   float f;
-  uint32_t u = (rest << 13) + 0x38000000u;           // rebias the exponent by 112
-  if (rest >= 0x7c00) u += 0x38000000u;               // infinity and NaN keep the largest exponent
+  uint32_t u = (rest << 13) + 0x38000000u;  // rebias the exponent by 112
+  if (rest >= 0x7c00) u += 0x38000000u;     // infinity and NaN keep the largest exponent
   memcpy(&f, &u, 4);
-  if (rest < 0x0400) f = (float)rest * 0x1p-24f;      // zero and denormals
+  if (rest < 0x0400) f = (float)rest * 0x1p-24f;  // zero and denormals
   memcpy(&u, &f, 4);
   u |= sign;
   memcpy(&f, &u, 4);

@@ -17,8 +17,8 @@ GATE4D_INLINE float magnitude(float scale) {
   return size < SMALLEST_NORMAL ? SMALLEST_NORMAL : size;
 }
 
-// lse of a row as the exponent log2(e) (s - lse) of its probabilities takes it: far, the difference is taken first, with
-// the product rounded as the forward rounded it. So a row's largest probability is right whatever its logits are.
+// lse of a row as the exponent log2(e) (s - lse) of its probabilities takes it: far, the difference is taken first,
+// with the product rounded as the forward rounded it. So a row's largest probability is right whatever its logits are.
 struct Shift {
   float lse;                // natural; inf for a row without weight, whose exponentials are all 0
   float base2, base2_rest;  // -log2(e) lse, and what rounding took from it; 0 in a panel or tile with far rows
@@ -134,11 +134,11 @@ GATE4D_INLINE vf pair_weight(vf base, const Power& strength) {
 
 // What a panel knows of its queries.
 struct PanelQueries {
-  int rows;                               // queries in use; the other lanes repeat the last one's bounds
+  int rows;  // queries in use; the other lanes repeat the last one's bounds
   Interval interval;
-  bool blocks;                            // some a is exactly 1, so that a key with b = 1 has weight 0
+  bool blocks;  // some a is exactly 1, so that a key with b = 1 has weight 0
   int32_t start[PANEL], end[PANEL], sink[PANEL];
-  float score[PANEL];                     // a
+  float score[PANEL];  // a
 };
 
 void read_panel(const gate4d::Gate& gate, int batch, int queries, int keys, int first, PanelQueries& p) {
@@ -188,8 +188,7 @@ template <int R>
 void hide_invisible(float* s, float* zeroed, int n, int first_key, const PanelQueries& p) {
   const Seen<R> seen(p);
   const vf hidden = set1(-__builtin_inff());
-  for (int j = 0; j < n; ++j)
-    GATE4D_UNROLL for (int r = 0; r < R; ++r) {
+  for (int j = 0; j < n; ++j) GATE4D_UNROLL for (int r = 0; r < R; ++r) {
       const int64_t at = j * PANEL + r * W;
       const vi sees = seen(r, first_key + j);
       store(s + at, select(sees, load(s + at), hidden));
@@ -236,8 +235,7 @@ void fold_weights(GateKind gate, float* s, int n, float scale, const float* b, c
                   const Power& strength) {
   vf a[R];
   GATE4D_UNROLL for (int r = 0; r < R; ++r) a[r] = gate == PAIR_FOLD ? load(p.score + r * W) : vf{};
-  for (int j = 0; j < n; ++j)
-    GATE4D_UNROLL for (int r = 0; r < R; ++r) {
+  for (int j = 0; j < n; ++j) GATE4D_UNROLL for (int r = 0; r < R; ++r) {
       float* at = s + j * PANEL + r * W;
       const vf bj = set1(b[j]);
       const vf log = gate == KEY_FOLD ? bj : log_weight(fma(a[r], -bj, set1(1.0f)), strength);

@@ -1,8 +1,8 @@
 // LayerNorm over the head dimension, RoPE-2D and the store into a key/value cache, in one pass over memory.
 //
 // A row is one token of one head. A warp holds a row: a lane has features i, i + D/4, i + D/2, i + 3D/4 for
-// i = lane, lane + 32, so that both rotated pairs of a lane are its own and only the norm needs the warp. The arithmetic
-// knows nothing of CUDA: the tests run the same functions on the CPU, lane after lane.
+// i = lane, lane + 32, so that both rotated pairs of a lane are its own and only the norm needs the warp. The
+// arithmetic knows nothing of CUDA: the tests run the same functions on the CPU, lane after lane.
 
 #pragma once
 
@@ -35,13 +35,13 @@ struct Rows {  // [B, H, N, D] in any memory
 };
 
 struct NormRope {
-  Rows x, out;                // of the forward
-  Rows grad_out, grad_x;      // of the backward
-  const float* weight;        // [D] or null: 1
-  const float* bias;          // [D] or null: 0
-  const void* positions;      // [B, N, 2] (y, x) int32 or int64, null: no rotation
-  const float* frequencies;   // [D / 4], radians for one position
-  float* grad_affine;         // [warps, 2, D] sums of each warp, null: not wanted
+  Rows x, out;                                            // of the forward
+  Rows grad_out, grad_x;                                  // of the backward
+  const float* weight;                                    // [D] or null: 1
+  const float* bias;                                      // [D] or null: 0
+  const void* positions;                                  // [B, N, 2] (y, x) int32 or int64, null: no rotation
+  const float* frequencies;                               // [D / 4], radians for one position
+  float* grad_affine;                                     // [warps, 2, D] sums of each warp, null: not wanted
   int64_t position_batch, position_token, position_axis;  // strides
   int64_t batch, heads, tokens;
   int dim;
@@ -66,8 +66,8 @@ GATE4D_HD float position(const NormRope& f, const Row& r, int axis) {
   return f.long_positions ? (float)((const int64_t*)f.positions)[at] : (float)((const int32_t*)f.positions)[at];
 }
 
-// Sine and cosine of an angle, which must stay below 1e5: exact multiples of pi / 2 are taken off with a pi / 2 of three
-// words. sinf would bring its slow path for any angle, with a stack.
+// Sine and cosine of an angle, which must stay below 1e5: exact multiples of pi / 2 are taken off with a pi / 2 of
+// three words. sinf would bring its slow path for any angle, with a stack.
 GATE4D_HD void sine_cosine(float angle, float& sine, float& cosine) {
   const float quarters = rintf(angle * 0.636619772f);
   float rest = fmaf(-quarters, 1.5707962513e+00f, angle);
@@ -99,7 +99,8 @@ struct Lane {
   GATE4D_HD void load(const Rows& x, const Row& r) {
     const T* row = (const T*)x.data + offset(x, r);
     for (int s = 0; s < SLOTS; ++s)
-      for (int part = 0; part < 4; ++part) v[s][part] = has(s) ? Number<T>::read(row[feature(s, part) * x.feature]) : 0.0f;
+      for (int part = 0; part < 4; ++part)
+        v[s][part] = has(s) ? Number<T>::read(row[feature(s, part) * x.feature]) : 0.0f;
   }
 
   template <class T>

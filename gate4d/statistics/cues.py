@@ -106,6 +106,7 @@ def raw_cue(q: Tensor, k: Tensor, cue: str, lse: Tensor | None, scale: float | N
     if cue == "entropy":
         narrow = k[..., :1]  # the values do not matter; one column keeps the pass cheap
         _, aux = gated_attention(q, k, narrow, scale=scale, row_stats=("entropy",), return_aux=True)
+        assert aux.entropy is not None, "asked for"
         return aux.entropy.mean(1)
     if lse is None:
         lse = gated_attention(q, k, k[..., :1], scale=scale, return_aux=True)[1].lse

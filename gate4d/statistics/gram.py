@@ -196,9 +196,10 @@ class GramSaliency:
         missing = [layer for layer in self.recipe.layers if layer > self._last]
         if missing:
             raise ValueError(f"finalize() needs every layer of the recipe; layers {missing} were not observed yet.")
-        eps = self.recipe.eps
+        assert self._shape is not None, "a recipe has layers, and they were observed"
+        heads, eps = self._shape[1], self.recipe.eps
         raw = {
-            name: self._sums[name] / (len(m.layers) * self._shape[1] if m.statistic == "mean" else 1)
+            name: self._sums[name] / (len(m.layers) * heads if m.statistic == "mean" else 1)
             for name, m in self.recipe.maps.items()
         }
         maps = {name: minmax(x, eps) for name, x in raw.items()}

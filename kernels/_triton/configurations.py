@@ -123,7 +123,8 @@ def config(kind: str, capability: tuple[int, int], dtype: torch.dtype, width: in
     key = (kind, 4 if dtype == torch.float32 else 2)
     if capability == AMD:
         table = _AMD[key]
-        return Config(*(table[max(64, width)] if aligned else table[max(table)]))
+        block_m, block_n, warps, stages = table[max(64, width)] if aligned else table[max(table)]
+        return Config(block_m, block_n, warps, stages)
     newer = _CONSUMER if capability in ((8, 6), (8, 9)) or capability >= (12, 0) else {}
     if (9, 0) <= capability < (12, 0):
         newer = _HOPPER if capability < (10, 0) else _BLACKWELL

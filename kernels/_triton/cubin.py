@@ -115,5 +115,5 @@ def compile_amd(launch: Launch, arch: str = "gfx942", warp_size: int = 64) -> Co
     source, options = _bound(launch, HIPBackend(target))
     compiled = triton.compile(source, target=target, options=options)
     text = compiled.asm["amdgcn"]
-    registers, spills = (int(re.search(rf"\.{n}:\s+(\d+)", text)[1]) for n in ("vgpr_count", "vgpr_spill_count"))
+    registers, spills = (int(re.findall(rf"\.{n}:\s+(\d+)", text)[0]) for n in ("vgpr_count", "vgpr_spill_count"))
     return CodeObject(launch.kernel.__name__, registers, spills, compiled.metadata.shared)

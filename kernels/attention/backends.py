@@ -32,7 +32,7 @@ def _cpu_reasons(r: Request) -> list[str]:
 
 def _triton_reasons(r: Request) -> list[str]:
     narrowest, widest = sorted((r.head_dim, r.value_dim))
-    return triton_reasons(r.device_type, r.dtype, widest if narrowest else 0, r.index)
+    return triton_reasons(r.device_type, r.dtype, widest if narrowest else 0, r.device_index)
 
 
 def _run_operator(c: Call):

@@ -49,7 +49,7 @@ class Request(NamedTuple):
     aux: bool = False
     renormalize: bool = True
     learned: bool = False  # the gate's scores ask for a gradient
-    index: int | None = None  # of the CUDA device of the tensors, which need not be the current one
+    device_index: int | None = None  # of the CUDA device of the tensors, which need not be the current one
 
     @property
     def gated(self) -> bool:

@@ -190,7 +190,9 @@ def _gradients(ctx: Any, grad_out: Tensor) -> tuple[Tensor, Tensor | None, Tenso
         sums = sums.sum(0) if affine else sums
     else:
         grad_x, sums = torch.ops.gate4d.norm_rope_backward(grad_out, x, _plain(weight), *rest)
-    grad_weight, grad_bias = sums.unbind(0) if affine else (None, None)
+    if not affine:
+        return grad_x, None, None
+    grad_weight, grad_bias = sums.unbind(0)
     return (
         grad_x,
         grad_weight.to(weight.dtype) if want_weight else None,

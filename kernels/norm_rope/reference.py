@@ -29,6 +29,7 @@ def norm_rope(
         y = y if bias is None else y + bias.to(work)
     if positions is None:
         return y.to(x.dtype)
+    assert frequencies is not None, "positions come with frequencies"
     turned = []
     for axis, half in enumerate(y.chunk(2, dim=-1)):
         first, second = half.chunk(2, dim=-1)  # [B, H, N, D / 4]

@@ -44,7 +44,7 @@ class Request(NamedTuple):
     dtype: torch.dtype
     head_dim: int
     queries: bool  # whether there is any; a kernel has no mean over none
-    index: int | None = None  # of the CUDA device of the tensors, which need not be the current one
+    device_index: int | None = None  # of the CUDA device of the tensors, which need not be the current one
 
 
 def _kernel_reasons(r: Request) -> list[str]:
@@ -66,7 +66,7 @@ BACKENDS: dict[str, Backend] = {
         ),
         Backend(
             "triton",
-            lambda r: [*triton_reasons(r.device_type, r.dtype, r.head_dim, r.index), *_kernel_reasons(r)],
+            lambda r: [*triton_reasons(r.device_type, r.dtype, r.head_dim, r.device_index), *_kernel_reasons(r)],
             _run_operator,
         ),
         Backend("reference", lambda r: [], received_attention),

@@ -34,10 +34,8 @@ void run(const NormRope& f, bool backward, int warps) {
     for (int i = 0; i < WARP; ++i) empty.emplace_back(f, i);
     auto x = empty, grad = empty, of_weight = empty, of_bias = empty;
     for (int64_t row = first; row < f.batch * f.heads * f.tokens; row += warps) {
-      if (backward)
-        backward_row<T>(f, row, warp, x, grad, of_weight, of_bias);
-      else
-        forward_row<T>(f, row, warp, x);
+      if (backward) backward_row<T>(f, row, warp, x, grad, of_weight, of_bias);
+      else forward_row<T>(f, row, warp, x);
     }
     if (f.grad_affine == nullptr) continue;
     for (int i = 0; i < WARP; ++i) {

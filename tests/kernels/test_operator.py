@@ -155,6 +155,9 @@ BUILT = {
     "packed_cu_seqlens": lambda start, end, cu: Visibility.packed(cu),
     "packed_keys_apart": lambda start, end, cu: Visibility.packed(cu, torch.tensor([0, 1, 2, 12])),
     "intervals": lambda start, end, cu: Visibility.intervals(start, end),
+    "with_rows": lambda start, end, cu: Visibility.intervals(start[:6], end[:6]).with_rows(
+        Visibility.frame_causal(TokenLayout(4, 3), first_query_frame=2)
+    ),
     "intervals_and_sinks": lambda start, end, cu: Visibility.intervals(start, end, 2),
 }
 
@@ -177,8 +180,9 @@ def test_visibility_built_inside_a_compiled_function(name, dynamic):
 
 @pytest.mark.parametrize(
     ("name", "changed"),
-    [("intervals", {0: -1}), ("intervals", {1: N + 1}), ("packed_cu_seqlens", {2: [0, 7, 5, N]}),
-     ("packed_cu_seqlens", {2: [0, 5, 5, N - 1]}), ("packed_cu_seqlens", {2: [1, 5, 5, N]})],
+    [("intervals", {0: -1}), ("intervals", {1: N + 1}), ("with_rows", {1: N + 1}),
+     ("packed_cu_seqlens", {2: [0, 7, 5, N]}), ("packed_cu_seqlens", {2: [0, 5, 5, N - 1]}),
+     ("packed_cu_seqlens", {2: [1, 5, 5, N]})],
 )  # fmt: skip
 def test_bad_visibility_built_inside_a_compiled_function(name, changed):
     """Values that cannot be read while it is traced are checked when it runs."""
