@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -124,7 +125,7 @@ class MotionGate:
         return self
 
     @classmethod
-    def _of_checked(cls, **fields: Tensor | float | bool | None) -> MotionGate:
+    def _of_checked(cls, **fields: Any) -> MotionGate:
         """Without looking at the values again."""
         if torch.compiler.is_compiling():
             return cls(**fields)

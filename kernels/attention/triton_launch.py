@@ -95,8 +95,8 @@ def backward(
     num_keys, value_dim = v.shape[2:]
     for name, x in (("grad_out", grad_out), ("out", out)):
         expect(name, x, q.dtype, (batch, heads, num_queries, value_dim), q.device)
-    for name, x in (("lse", lse), ("grad_lse", grad_lse)):
-        expect(name, x, torch.float32, (batch, heads, num_queries), q.device)
+    for name, row in (("lse", lse), ("grad_lse", grad_lse)):
+        expect(name, row, torch.float32, (batch, heads, num_queries), q.device)
     grad_q, grad_k, grad_v = (heads_last(x, *x.shape) for x in (q, k, v))
     p, v, kept = _compacted(q, k, v, query_score, key_score, dropped_keys, bounds, scale, strength, renormalize)
     grad_out, out = readable(grad_out), readable(out)
