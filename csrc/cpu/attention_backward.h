@@ -113,16 +113,17 @@ void differentiate(float* s, float* dp, int n, float scale, const float* b, cons
         continue;
       }
       const vf w = pair_weight<GATE>(base, strength);
-      const vf weight_grad = e * (RENORMALIZE ? g - delta[r] : g);
-      store(sj, w * e);
-      store(dpj, RENORMALIZE ? w * weight_grad : e * fma(w, g, -delta[r]));
+      // The weight first: where it is 0 the exponential may be large, and its product with a gradient infinite.
+      const vf p = w * e, inner = RENORMALIZE ? g - delta[r] : g;
+      store(sj, p);
+      store(dpj, RENORMALIZE ? p * inner : e * fma(w, g, -delta[r]));
       if (!SCORES) continue;
       if (GATE == KEY_GATE) {
-        key_grad += weight_grad;
+        key_grad += e * inner;
         continue;
       }
-      vf slope = weight_grad;  // gradient of a * b, up to its sign
-      if (GATE == PAIR_POWER_GATE) slope *= select(base > 0.0f, w / base * strength.exponent, vf{});
+      vf slope = e * inner;  // gradient of a * b, up to its sign
+      if (GATE == PAIR_POWER_GATE) slope = select(base > 0.0f, p * inner / base * strength.exponent, vf{});
       key_grad = fma(slope, -a[r], key_grad);
       score[r] = fma(slope, set1(-b[j]), score[r]);
     }

@@ -141,3 +141,22 @@ def test_one_key_takes_all(backend):
         torch.testing.assert_close(grads[2][0, 0, 17], torch.full((8,), 40.0), rtol=1e-6, atol=0)
         mean = received_attention(q, k, aux.lse.detach(), scale=scale, backend=backend).mean
         torch.testing.assert_close(mean[0], torch.eye(30)[17], rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("strength", [0.5, 1.0, 2.0, 3.0, 1.7])
+@pytest.mark.parametrize("pairs", [True, False])
+def test_a_key_without_weight_above_all_others(pairs, strength, backend):
+    """Its exponential leaves fp32 and counts for nothing, however large the gradients that it is multiplied with."""
+    q = torch.ones(1, 1, 5, 1, requires_grad=True)
+    k = torch.tensor([100.0, 0.0, -1.0]).view(1, 1, 3, 1).requires_grad_()
+    v = torch.tensor([1e5, -1e5, 1e5]).view(1, 1, 3, 1).requires_grad_()
+    key = torch.tensor([[1.0, 0.0, 0.5]])
+    gate = MotionGate(torch.ones(1, 5), key, strength=strength) if pairs else MotionGate.keys(key, strength=strength)
+    out = gated_attention(q, k, v, gate=gate, scale=1.0, backend=backend)
+    grads = torch.autograd.grad(out, (q, k, v), torch.full_like(out, 100.0))
+    p = 1 / (1 + math.e * 2**strength)  # of the last key
+    torch.testing.assert_close(out, torch.full_like(out, (2 * p - 1) * 1e5))
+    dk = 100 * 5 * p * (1 - p) * 2e5  # of its logit, over the queries
+    torch.testing.assert_close(grads[0], torch.full_like(q, -dk / 5))
+    torch.testing.assert_close(grads[1].flatten(), torch.tensor([0.0, -dk, dk]))
+    torch.testing.assert_close(grads[2].flatten(), 500 * torch.tensor([0.0, 1 - p, p]))
