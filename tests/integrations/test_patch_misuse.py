@@ -199,7 +199,7 @@ def test_an_exception_while_patching_leaves_the_model_as_it_was(where, monkeypat
         raise KeyboardInterrupt
 
     if where == "Handle":
-        monkeypatch.setattr(gate4d.integrations.Handle, "__init__", stop)
+        monkeypatch.setattr(gate4d.Handle, "__init__", stop)
     else:
         rows = gate4d.inspect(model).rows
         monkeypatch.setattr(rows[-1].adapter, "__init__", stop)
