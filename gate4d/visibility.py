@@ -346,9 +346,10 @@ def _check_bounds(bounds: Tensor, key_extent: int | None) -> int | None:
         raise TypeError(f"bounds must be an int32 tensor or None, got {got}.")
     if bounds.dim() != 3 or bounds.shape[1] != 3:
         raise ValueError(f"bounds must have shape [1 or B, 3, Nq], got {list(bounds.shape)}.")
-    readable = type(bounds) is Tensor and not torch._C._functorch.is_functorch_wrapped_tensor(bounds)
-    if torch.compiler.is_compiling() or not readable or bounds.is_meta:
+    if torch.compiler.is_compiling():
         return key_extent  # the operator looks
+    if type(bounds) is not Tensor or torch._C._functorch.is_functorch_wrapped_tensor(bounds) or bounds.is_meta:
+        return key_extent
     if not bounds.numel() or (key_extent and bounds.device.type != "cpu"):
         return key_extent
     smallest, largest = int(bounds.amin()), int(bounds[:, 1:].amax())

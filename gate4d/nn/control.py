@@ -108,7 +108,8 @@ def _one(name: str, asked, controlled):
 
 def control_of(module: nn.Module) -> AttentionControl | None:
     """Where gate, visibility and observers of an attention are set: of its patch, else its own; None if it has none."""
-    for found in (*module.__dict__.values(), getattr(module, "control", None)):
+    own = module.__dict__.get("control")
+    for found in (*(value for value in module.__dict__.values() if value is not own), own):
         if isinstance(found, AttentionControl):
             return found
     return None
