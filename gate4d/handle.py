@@ -72,7 +72,9 @@ class Handle:
         self.remove()
 
     def _warn_of_idle_gates(self) -> None:
-        idle = [row.name for row in self.table.uncalled if row.control.is_set]
+        # A block of which nothing was called did not run: only a part of the model did.
+        ran = {row.name.rpartition(".")[0] for row in self.table.rows if row.tokens is not None}
+        idle = [r.name for r in self.table.uncalled if r.control.is_set and r.name.rpartition(".")[0] in ran]
         if idle:
             warnings.warn(
                 f"gate4d.patch: a gate, visibility, cache or observer on {', '.join(idle)} did nothing: the model ran "

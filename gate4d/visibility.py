@@ -236,9 +236,9 @@ class Visibility:
         )
         if torch.compiler.is_compiling():
             torch._check(num_queries >= 0)
-        bounds = rows.repeat_interleave(queries.diff(), dim=1, output_size=num_queries).to(torch.int32)
-        if not torch.compiler.is_compiling():
+        else:
             _check_num_keys(num_keys, "cu_seqlens" if cu_seqlens_k is None else "cu_seqlens_k")
+        bounds = rows.repeat_interleave(queries.diff(), dim=1, output_size=num_queries).to(torch.int32)
         return cls._of_checked(bounds[None], num_keys, num_keys)
 
     @classmethod
