@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -28,7 +27,9 @@ def build(name: str, **arguments) -> nn.Module:
     """
     if name not in MODELS:
         raise ValueError(f"model must be one of {sorted(MODELS)}, got {name!r}.")
-    return getattr(importlib.import_module(f"gate4d.models.{name}"), MODELS[name])(**arguments)
+    from . import alternating, recurrent
+
+    return getattr({"alternating": alternating, "recurrent": recurrent}[name], MODELS[name])(**arguments)
 
 
 def load(name_or_path: str | Path, device: torch.device | str = "cpu") -> nn.Module:
