@@ -17,16 +17,20 @@
 #include <tuple>
 #include <vector>
 
-#include "checks.h"
 #include "cpu/gate_input.h"
 #include "cpu/kernels.h"
+#include "operands.h"
 
 namespace {
 
 using gate4d::ANY;
+using gate4d::data_or_null;
+using gate4d::dense;
 using gate4d::DType;
 using gate4d::expect;
+using gate4d::GateTensors;
 using gate4d::Optional;
+using gate4d::Sizes;
 using gate4d::Tensor;
 
 // One growing buffer a thread, kept between calls: small calls would spend more time in the allocator.
@@ -80,41 +84,6 @@ void run_tasks(int64_t tasks, int64_t scratch_bytes, const F& task) {
   take_over();
 }
 
-DType dtype_of(const Tensor& x, const char* name) {
-  switch (x.scalar_type()) {
-    case torch::headeronly::ScalarType::Float:
-      return DType::f32;
-    case torch::headeronly::ScalarType::BFloat16:
-      return DType::bf16;
-    case torch::headeronly::ScalarType::Half:
-      return DType::f16;
-    default:
-      gate4d::fail(name, " must be float32, bfloat16 or float16, got ", gate4d::dtype_name(gate4d::dtype_code(x)), '.');
-  }
-}
-
-// Sizes of queries and keys that fit together.
-struct Sizes {
-  int64_t batch, heads, queries, keys, dim;
-  int32_t code;
-  DType dtype;
-
-  Sizes(const Tensor& q, const Tensor& k) : code(gate4d::dtype_code(q)), dtype(dtype_of(q, "q")) {
-    const int64_t* const n = expect(q, "q", code, {ANY, ANY, ANY, ANY});
-    batch = n[0], heads = n[1], queries = n[2], dim = n[3];
-    keys = expect(k, "k", code, {batch, heads, ANY, dim})[2];
-    for (int64_t size : {batch, heads, queries, keys})
-      gate4d::expect_size("each of B, H, Nq and Nk", size, gate4d::MAX_SIZE);
-    gate4d::expect_size("the head dimension", dim, gate4d::MAX_DIM);
-  }
-
-  int64_t expect_values(const Tensor& v) const {
-    const int64_t value_dim = expect(v, "v", code, {batch, heads, keys, ANY})[3];
-    gate4d::expect_size("the head dimension of v", value_dim, gate4d::MAX_DIM);
-    return value_dim;
-  }
-};
-
 // Kernels read any strides but a last one other than 1.
 Tensor with_unit_stride(const Tensor& x) {
   return x.size(-1) <= 1 || x.stride(-1) == 1 ? x : torch::stable::contiguous(x);
@@ -144,58 +113,6 @@ Tensor new_floats(const int64_t (&shape)[N]) {
   for (size_t i = N - 1; i > 0; --i) strides[i - 1] = strides[i] * std::max<int64_t>(shape[i], 1);
   return empty(shape, strides, aoti_torch_dtype_float32());
 }
-
-template <class T>
-const T* data_or_null(const Optional& x) {
-  return x ? (const T*)x->data_ptr() : nullptr;
-}
-
-Optional dense(const Optional& x) { return x ? Optional(torch::stable::contiguous(*x)) : x; }
-
-// Checked. Keeps contiguous copies alive as long as the kernels' view of them.
-struct GateTensors {
-  Optional query_score, key_score, dropped, bounds;
-  int64_t bounds_batch = 1;
-
-  GateTensors(const Sizes& n, const Optional& a, const Optional& b, const Optional& drop, const Optional& visible,
-              double strength)
-      : query_score(scores(a, "query_score", n.batch, n.queries)), key_score(scores(b, "key_score", n.batch, n.keys)) {
-    gate4d::expect_strength(strength);
-    if (drop) {
-      expect(*drop, "dropped_keys", aoti_torch_dtype_bool(), {n.batch, n.keys});
-      dropped = dense(drop);
-    }
-    if (!visible) return;
-    bounds_batch = expect(*visible, "bounds", aoti_torch_dtype_int32(), {ANY, 3, n.queries})[0];
-    if (bounds_batch != 1 && bounds_batch != n.batch)
-      gate4d::fail("bounds must have a batch of 1 or ", n.batch, ", got ", bounds_batch, '.');
-    bounds = dense(visible);
-    gate4d::expect_bounds(data_or_null<int32_t>(bounds), bounds_batch, n.queries, n.keys);
-  }
-
-  gate4d::GateInput input(const Sizes& n, double strength, bool renormalize, bool squares) const {
-    return {(int)n.batch,
-            (int)n.queries,
-            (int)n.keys,
-            data_or_null<float>(query_score),
-            data_or_null<float>(key_score),
-            data_or_null<uint8_t>(dropped),
-            data_or_null<int32_t>(bounds),
-            (int)bounds_batch,
-            (float)strength,
-            renormalize,
-            squares ? gate4d::SMALLEST_SQUARED_WEIGHT : gate4d::SMALLEST_WEIGHT};
-  }
-
- private:
-  static Optional scores(const Optional& x, const char* name, int64_t batch, int64_t tokens) {
-    if (!x) return x;
-    expect(*x, name, aoti_torch_dtype_float32(), {batch, tokens});
-    const Optional score = dense(x);
-    gate4d::expect_scores(name, data_or_null<float>(score), batch * tokens);
-    return score;
-  }
-};
 
 // Work is cut for this many threads whatever their number is, so that results are the same with any.
 constexpr int64_t THREADS = 16;

@@ -89,7 +89,7 @@ void differentiate(float* s, float* dp, int n, float scale, const float* b, cons
       float* const sj = s + j * PANEL + r * W;
       float* const dpj = dp + j * PANEL + r * W;
       const vf g = load(dpj);
-      const vf base = GATE < PAIR_GATE ? set1(b[j]) : fma(a[r], set1(-b[j]), set1(1.0f));
+      const vf base = GATE < PAIR_GATE ? set1(b[j]) : one_minus_product(a[r], set1(b[j]));
       vf log;
       if (folds(GATE)) {
         const vf logit = fma(load(sj), set1(scale), GATE == KEY_FOLD ? base : log_weight(base, strength));

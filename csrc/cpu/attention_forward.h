@@ -95,7 +95,7 @@ void weigh(float* s, int lane, int n, float factor, const float* peak, const flo
       vf x = e;
       if (GATE != NO_GATE) {
         const vf bj = set1(b[j + i]);
-        const vf w = GATE == KEY_GATE ? bj : pair_weight<GATE>(fma(a, -bj, set1(1.0f)), strength);
+        const vf w = GATE == KEY_GATE ? bj : pair_weight<GATE>(one_minus_product(a, bj), strength);
         x = e * w;
         if (STATS) log += log2(w);
       }

@@ -32,13 +32,19 @@ struct TileQueries {
 void read_tile(const ReceivedAttention& f, int batch, int head, int first, TileQueries& t) {
   t.rows = min(TILE, f.queries - first);
   const float* lse = f.lse + ((int64_t)batch * f.heads + head) * f.queries + first;
-  t.far = false;
-  for (int i = 0; i < t.rows; ++i) {
-    const Shift shift(lse[i]);
-    t.lse[i] = shift.lse, t.shift[i] = shift.base2;
-    t.far |= shift.far;
-    t.score[i] = f.gate.query_score ? f.gate.query_score[(int64_t)batch * f.queries + first + i] : 1.0f;
+  int32_t far = 0;
+  const float infinity = __builtin_inff();
+  for (int i = 0; i < t.rows; ++i) {  // as Shift has it, without branches
+    const float x = lse[i];
+    const bool dead = x == -infinity;
+    t.lse[i] = dead ? infinity : x;
+    t.shift[i] = dead ? -infinity : x * -LOG2E;
+    far |= (x > FAR) | ((x < -FAR) & !dead);
+    t.score[i] = 1.0f;
   }
+  t.far = far;
+  if (f.gate.query_score)
+    memcpy(t.score, f.gate.query_score + (int64_t)batch * f.queries + first, sizeof(float) * t.rows);
   for (int i = 0; t.far && i < t.rows; ++i) t.shift[i] = 0;
   t.interval = everything(f.keys);
   t.start = nullptr;
@@ -83,7 +89,7 @@ void to_probabilities(float* s, float scale, const TileQueries& t, bool masked, 
     const vf shift = set1(folds(GATE) ? t.lse[i] : t.shift[i]);
     GATE4D_UNROLL for (int r = 0; r < R; ++r) {
       float* at = s + i * PANEL + r * W;
-      const vf base = GATE < PAIR_GATE ? gate[r] : fma(gate[r], set1(-t.score[i]), set1(1.0f));
+      const vf base = GATE < PAIR_GATE ? gate[r] : one_minus_product(gate[r], set1(t.score[i]));
       vf x;
       if (folds(GATE)) {
         const vf logit = fma(load(at), set1(scale), GATE == KEY_FOLD ? base : log_weight(base, strength));

@@ -78,6 +78,15 @@ GATE4D_INLINE vf fma(vf a, vf b, vf c) {
 #endif
 }
 
+// 1 - a * b for numbers in [0, 1], with a small relative error also near 0.
+GATE4D_INLINE vf one_minus_product(vf a, vf b) {
+#if defined(GATE4D_AVX512) || defined(GATE4D_AVX2)
+  return fma(a, -b, set1(1.0f));
+#else
+  return (1.0f - a) + a * (1.0f - b);  // the rounded product would lose what is left of 1
+#endif
+}
+
 // The second operand where either is NaN, as x86 defines it: max(bound, x) keeps a NaN in x.
 GATE4D_INLINE vf max(vf a, vf b) {
 #if defined(GATE4D_AVX512)

@@ -238,7 +238,7 @@ void fold_weights(GateKind gate, float* s, int n, float scale, const float* b, c
   for (int j = 0; j < n; ++j) GATE4D_UNROLL for (int r = 0; r < R; ++r) {
       float* at = s + j * PANEL + r * W;
       const vf bj = set1(b[j]);
-      const vf log = gate == KEY_FOLD ? bj : log_weight(fma(a[r], -bj, set1(1.0f)), strength);
+      const vf log = gate == KEY_FOLD ? bj : log_weight(one_minus_product(a[r], bj), strength);
       store(at, fma(load(at), set1(scale), log));
     }
 }
