@@ -35,10 +35,11 @@ def main() -> int:
     first = int(time.time()) % 10**8 * 100 if args.seed is None else args.seed
     sets = [args.isa] if args.isa else available()
     print(f"fuzz: instruction sets {', '.join(sets)}; first case --seed {first}", flush=True)
-    reports = [parent(isa, first, args.cases, args.minutes / len(sets)) for isa in sets]
+    reports = []
+    for isa in sets:
+        reports.append(r := parent(isa, first, args.cases, args.minutes / len(sets)))
+        print(f"{isa}: {r['cases']} cases in {r['seconds']:.0f} s, {r['failures']} failures", flush=True)
     failures = sum(r["failures"] for r in reports)
-    for isa, r in zip(sets, reports, strict=True):
-        print(f"{isa}: {r['cases']} cases in {r['seconds']:.0f} s, {r['failures']} failures")
     ratios: dict[str, float] = {}
     for r in reports:
         ratios = {name: max(r["ratios"].get(name, 0), ratios.get(name, 0)) for name in {**ratios, **r["ratios"]}}
