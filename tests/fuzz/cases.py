@@ -176,7 +176,7 @@ def problem(case: Case, x: Drawn) -> Problem:
     names = "q", "k", "v", "query_motion", "key_motion", "output_scale"
     q, k, v, query, key, c = (x.tensors[n].detach().double().numpy() for n in names)
     scale = case.scale or max(case.dim, 1) ** -0.5
-    p = Problem(q, k, v, x.sees, scale, PRECISIONS[case.dtype])
+    p = Problem(q, k, v, x.sees, scale, PRECISIONS[case.dtype], fused=case.backend != "reference")
     query_mask, key_mask = (m.numpy() for m in x.masks)
     # 1 - g is rounded to the scores' dtype where the gate is made.
     work = np.float64 if case.dtype == "float64" else np.float32

@@ -66,6 +66,7 @@ class Problem:
     dropped: NDArray[np.bool_] | None = None  # [B, Nk]
     strength: float = 1.0
     renormalize: bool = True
+    fused: bool = True  # 1 - a b is rounded once; else the product is rounded too
 
 
 def gamma(n: int) -> float:
@@ -114,6 +115,8 @@ class Attention:
             with np.errstate(divide="ignore"):
                 log_weight = p.strength * np.log(self.base) if p.strength else np.zeros_like(self.base)
             weight_error = p.strength * 4 * u + u * (2 * np.abs(np.where(self.base > 0, log_weight, 0)) + 4)
+            if not p.fused:
+                weight_error = weight_error + p.strength * 2 * u / np.where(self.base > 0, self.base, 1.0)
             log_weight, weight_error = np.broadcast_to(log_weight, shape), np.broadcast_to(weight_error, shape)
         else:
             log_weight, weight_error = np.zeros(shape), np.zeros(shape)
@@ -291,7 +294,8 @@ class Attention:
                 else:
                     ratio = p.strength / np.where(self.base > 0, self.base, np.inf)
                     slope = ratio * self.prob
-                    slope_error = ratio * (prob_error + 4 * u * self.prob)
+                    once = 1.0 if p.fused else 1 / np.where(self.base > 0, self.base, 1.0)
+                    slope_error = ratio * (prob_error + 4 * u * once * self.prob)
             if p.renormalize:
                 inner, inner_error = dp - delta, dp_error + delta_error
             else:
