@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -84,6 +85,12 @@ def parent(isa: str, first: int, cases: int | None, minutes: float) -> dict:
                 total["ratios"][name] = max(share, total["ratios"].get(name, 0.0))
             if report["done"]:
                 return total
+            if done.returncode in (-signal.SIGTERM, -signal.SIGKILL, -signal.SIGINT, -signal.SIGHUP):
+                name = signal.Signals(-done.returncode).name
+                raise SystemExit(
+                    f"fuzz: {name} ended the worker at case {report['seed']} under {isa}: somebody sent it, or memory "
+                    "ran out. This is no result."
+                )
             total["failures"] += 1
             total["cases"] += 1
             crashed(isa, report["seed"], done.returncode)

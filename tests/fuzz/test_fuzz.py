@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
 from collections.abc import Iterable
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -165,3 +168,22 @@ def test_failures_are_shrunk_and_printed_as_code():
     x = draw(smallest)
     assert torch.equal(scope["k"].nan_to_num(-7.0), x.tensors["k"].nan_to_num(-7.0))
     assert scope["out"].shape == x.grad_out.shape
+
+
+@pytest.mark.parametrize(("status", "result"), [(-15, "no result"), (-9, "no result"), (-11, "CRASH of case 4")])
+def test_a_worker_that_ends_is_a_crash_only_if_nobody_ended_it(status, result, monkeypatch, capsys):
+    def ended(command, **_):
+        if "--worker" not in command:  # a trial of shrinking
+            return subprocess.CompletedProcess(command, 0)
+        done = int(command[command.index("--seed") + 1]) == 5  # the worker after the crash
+        report = {"seed": 4, "cases": 4, "seconds": 1.0, "failures": 0, "ratios": {}, "done": done}
+        Path(command[command.index("--worker") + 1]).write_text(json.dumps(report))
+        return subprocess.CompletedProcess(command, 0 if done else status)
+
+    monkeypatch.setattr(runner.subprocess, "run", ended)
+    if status == -11:
+        assert runner.parent("avx2", 0, 9, 1.0)["failures"] == 1
+        assert result in capsys.readouterr().out
+    else:
+        with pytest.raises(SystemExit, match=result):
+            runner.parent("avx2", 0, 9, 1.0)
