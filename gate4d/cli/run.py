@@ -85,9 +85,9 @@ def run(args: argparse.Namespace) -> int:
     """Load the model, patch it, run the method, write what it found, print the summary."""
     _check(args)
     import gate4d
+    from gate4d.methods.clips import patch_size
     from gate4d.methods.export import written_at_once
     from gate4d.methods.results import run_and_collect
-    from gate4d.methods.rollout import patch_size
     from gate4d.models import MODELS, TRAINED_PATCHES
 
     options = _options(args)
@@ -105,7 +105,7 @@ def run(args: argparse.Namespace) -> int:
             clip = _clip(args, patch_size(model))
             count, height, width, _ = clip.frames.shape
             show(f"running {args.method}", total=count, done=0)
-            streams, begin = hasattr(handle.method, "stream"), time.perf_counter()
+            streams, begin = handle.method.streams, time.perf_counter()
             if args.device.startswith("cuda"):
                 torch.cuda.reset_peak_memory_stats(args.device)
             images: Any = (frame.to(args.device).permute(2, 0, 1).float() / 255 for frame in clip.frames)
@@ -230,11 +230,11 @@ def _clip(args: argparse.Namespace, patch: int):
 def _options(args: argparse.Namespace) -> dict[str, Any]:
     """Of the method; what it does not know is refused with a list of what it does."""
     from gate4d import methods
+    from gate4d.handle import METHODS
 
     options = dict(map(_option, args.option))
-    known = {c.__name__.lower(): c for c in vars(methods).values() if isinstance(c, type) and hasattr(c, "run")}
-    if args.method in known:  # patch() speaks of others
-        taken = inspect.signature(known[args.method]).parameters.values()
+    if args.method in METHODS:  # patch() speaks of others
+        taken = inspect.signature(getattr(methods, METHODS[args.method])).parameters.values()
         names = {p.name for p in taken if p.kind is p.KEYWORD_ONLY}
         if unknown := sorted(options.keys() - names):
             raise ValueError(

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from ..data import Batch
 from ..geometry import decode_pose, invert
 from ..handle import patch
-from ..methods.rollout import recurrent_steps, recurrent_views
+from ..methods.clips import recurrent_views
+from ..methods.rollout import recurrent_steps
 from ..nn.control import standing_in
 from ..statistics.gram import GramMap, GramRecipe
 from ..visibility import Visibility

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -248,6 +248,20 @@ def _recognise(module: nn.Module) -> tuple[type[PatchedAttention] | None, Traits
             reasons.append(reason)
     got = ", ".join(method_parameters(module, "forward") or ())
     return None, Traits(), "; ".join(reasons) or f"unknown call convention forward({got})"
+
+
+def require_family(method: str, rows: Iterable[AttentionRow], *families: str) -> None:
+    """ValueError unless there are rows, all of one of the families."""
+    found = sorted({row.family for row in rows})
+    if len(found) != 1 or found[0] not in families:
+        raise ValueError(f"method {method!r} needs a model of the family {' or '.join(families)}, found {found}.")
+
+
+def require_parts(method: str, owner: nn.Module, names: Iterable[str]) -> None:
+    """ValueError unless the model has the attributes that the method drives."""
+    missing = [name for name in names if not hasattr(owner, name)]
+    if missing:
+        raise ValueError(f"method {method!r} drives {type(owner).__name__} through {missing}, which it lacks.")
 
 
 def _row(name: str, module: nn.Module, family: str, adapter: type[PatchedAttention], traits: Traits) -> AttentionRow:

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from ..gates import MotionGate
-from ..integrations.table import AttentionTable
+from ..integrations.table import AttentionTable, require_family, require_parts
 from ..nn.control import gating, observing, standing_in
 from ..statistics.pairs import PairMaps, PairSaliency
-from .rollout import clip_images, patch_size, require_family, require_parts
+from .clips import clip_images, patch_size
+from .method import ClipMethod, ClipResult
 from .segmentation import DynamicMasks, dynamic_masks, patch_masks
 
 Pair = tuple[int, int]
@@ -34,8 +36,9 @@ class Easi3rPass(NamedTuple):
     masks: DynamicMasks
 
 
-class Easi3rResult(NamedTuple):
-    """What :meth:`Easi3r.run` returns.
+@dataclass(frozen=True)
+class Easi3rResult(ClipResult):
+    """What :meth:`Easi3r.run` returns: ``predictions`` of pairs, not of frames.
 
     Attributes:
         predictions, maps, masks: of the second pass; its masks are what the authors' demo writes.
@@ -43,14 +46,15 @@ class Easi3rResult(NamedTuple):
         pairs: ``(first image, second image)`` of every prediction.
     """
 
-    predictions: list[Any]
     maps: PairMaps
-    masks: DynamicMasks
     first: Easi3rPass
     pairs: list[Pair]
 
+    def by_frame(self) -> list[Any]:
+        return []
 
-class Easi3r:
+
+class Easi3r(ClipMethod):
     """Easi3R's two passes over the pairs of a sliding window.
 
     In the first pass :class:`gate4d.PairSaliency` watches the cross-attention of both decoders; its A_dyn becomes
@@ -152,16 +156,13 @@ class Easi3r:
 
         first = run_all(None, None)
         second = run_all(patch_masks(first.masks.masks, grid), first.masks.labels)
-        return Easi3rResult(*second, first, pairs)
+        return Easi3rResult(second.predictions, second.maps, first, pairs, masks=second.masks)
 
     def pairs(self, frames: int) -> list[Pair]:
         """The pairs of a clip of so many frames."""
         window = (4 if frames > LONG else 5) if self.window is None else self.window
         stride = (1 if frames == 3 else 2) if self.stride is None else self.stride
         return window_pairs(frames, window, stride=stride, **self.pairing)
-
-    def close(self) -> None:
-        """Nothing outlives a run."""
 
     def _encode(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Features ``[B, P, C]`` and positions ``[B, P, 2]``."""

@@ -6,8 +6,9 @@ Its training losses are in :mod:`gate4d.methods.losses`.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -15,11 +16,12 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from ..integrations.base import Options
-from ..integrations.table import AttentionTable
+from ..integrations.table import AttentionTable, require_family, require_parts
 from ..nn.cache import FrameKVCache
 from ..nn.control import AttentionControl
 from ..visibility import TokenLayout, Visibility
-from .rollout import require_family, require_parts, stream_images
+from .clips import stream_images
+from .method import ClipMethod, ClipResult
 
 CAUSAL = ("frame", "token")
 COPIED = "additional_camera_token"  # [1, 2, 1, C], the first for frame 0 and the second for all others
@@ -31,32 +33,27 @@ class MoreFrame(NamedTuple):
     Attributes:
         prediction: what the model returns for a clip of this frame.
         camera: ``[B, 9]``, what its camera head returns (of several rounds, the last).
-        motion: bool ``[B, H, W]``, True = moving, where the prediction has ``motion`` logits ``[B, 1, H, W]`` or
+        mask: bool ``[B, H, W]``, True = moving, where the prediction has ``motion`` logits ``[B, 1, H, W]`` or
             ``[B, 1, H, W, 1]``; else None.
     """
 
     prediction: Any
     camera: Tensor
-    motion: Tensor | None
+    mask: Tensor | None
 
 
-class MoreResult(NamedTuple):
-    """A clip.
+@dataclass(frozen=True)
+class MoreResult(ClipResult):
+    """A clip: ``predictions`` as streamed; ``cameras`` after the camera pass where ``refined``, else as streamed.
 
     Attributes:
-        predictions: of every frame, as streamed.
-        cameras: ``[B, T, 9]``: after the camera pass where ``refined``, else as streamed.
-        refined: bool ``[T]``.
-        motion: as in :class:`MoreFrame`, one a frame.
+        frame_masks: ``mask`` of :class:`MoreFrame`, one a frame.
     """
 
-    predictions: list[Any]
-    cameras: Tensor
-    refined: Tensor
-    motion: list[Tensor | None]
+    frame_masks: list[Tensor | None]
 
 
-class More:
+class More(ClipMethod):
     """Grouped causal attention: causal over frames, full inside a frame.
 
     While patched, a plain forward of a VGGT is frame-causal in its global blocks and its camera head, which is how such
@@ -94,7 +91,9 @@ class More:
             before it, as in a language model.
     """
 
-    takes = ("window", "anchors")  # options of ``patch`` that are the method's own
+    takes = ("window", "anchors")
+    streams = True
+    has_cameras = True
 
     def __init__(
         self,
@@ -151,15 +150,31 @@ class More:
         Raises:
             ValueError, TypeError: frames do not fit, or there are none.
         """
-        stream = self.stream(frames)
-        steps = list(stream)
-        cameras = torch.stack([step.camera for step in steps], dim=1)
-        refined = torch.zeros(len(steps), dtype=torch.bool)
+        predictions: list[Any] = []
+        masks: list[Tensor | None] = []
+
+        def take(step: MoreFrame) -> None:
+            predictions.append(step.prediction)
+            masks.append(step.mask)
+
+        return replace(self._through(frames, take), predictions=predictions, frame_masks=masks)
+
+    def feed(self, frames: Any, take: Callable[[Any], object]) -> MoreResult:
+        return self._through(frames, lambda step: take(step.prediction))
+
+    def _through(self, frames: Any, take: Callable[[MoreFrame], object]) -> MoreResult:
+        """A stream to its end, whose frames go to ``take``, and the camera pass."""
+        stream, streamed = self.stream(frames), []
+        for step in stream:
+            take(step)
+            streamed.append(step.camera)
+            del step  # else the last frame's prediction lives on while the next one is made
+        cameras, refined = torch.stack(streamed, dim=1), torch.zeros(len(streamed), dtype=torch.bool)
         if self.camera_pass:
             held, again = stream.camera_pass()
             cameras[:, held] = again.to(cameras.dtype)
             refined[held] = True
-        return MoreResult([step.prediction for step in steps], cameras, refined, [step.motion for step in steps])
+        return MoreResult([], [], cameras=cameras, refined=refined)
 
     def close(self) -> None:
         """Streams cannot go on."""

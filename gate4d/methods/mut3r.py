@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -13,6 +14,7 @@ from ..gates import MotionGate
 from ..integrations.table import AttentionTable
 from ..nn.control import gating, observing
 from ..statistics.cues import CUES, raw_cue, standardised
+from .method import ClipResult
 from .options import Keep, Layers, layer_indices
 from .rollout import RecurrentMethod
 
@@ -47,20 +49,19 @@ class Mut3rFrame(NamedTuple):
 
     Attributes:
         prediction: what the model returns for the frame.
-        motion: ``[B, patches]``, score of the image's patches in [0, 1], 1 = dynamic.
+        motion_scores: ``[B, patches]``, score of the image's patches in [0, 1], 1 = dynamic.
         state: ``[B, S, C]`` after the frame.
     """
 
     prediction: Any
-    motion: Tensor
+    motion_scores: Tensor
     state: Tensor
 
 
-class Mut3rResult(NamedTuple):
-    """A clip: the predictions of every frame, scores ``[T, B, patches]``, and the last state ``[B, S, C]``."""
+@dataclass(frozen=True)
+class Mut3rResult(ClipResult):
+    """A clip: ``predictions`` (or what ``keep`` made of them), ``motion_scores``, and the last state ``[B, S, C]``."""
 
-    predictions: list[Any]
-    motion: Tensor
     state: Tensor
 
 
@@ -124,7 +125,7 @@ class Mut3r(RecurrentMethod):
         MotionGate(strength=strength)  # refuses a strength that does not fit
         self.directions = tuple(directions or ())
         self.strength, self.cue, self.temperature, self.normalise = strength, cue, temperature, normalise
-        self.motion: Tensor | None = None  # [B, patches], of the last frame
+        self.motion_scores: Tensor | None = None  # [B, patches], of the last frame
         self._watched = [row.control for row in table.select("decoder self")]
         # The self-attention of a decoder shows its depth; each direction must have all of the layers.
         self.layers = layer_indices("layers", layers, {r.layer for r in table.select("decoder self")}, auto=range(7))
@@ -137,13 +138,13 @@ class Mut3r(RecurrentMethod):
         self.install()
 
     def frame(self, prediction: Any, state: Tensor) -> Mut3rFrame:
-        return Mut3rFrame(prediction, self.motion, state)
+        return Mut3rFrame(prediction, self.motion_scores, state)
 
     def score(self, frame: Mut3rFrame) -> Tensor:
-        return frame.motion
+        return frame.motion_scores
 
     def result(self, predictions: list[Any], scores: list[Tensor], state: Tensor) -> Mut3rResult:
-        return Mut3rResult(predictions, torch.stack(scores), state)
+        return Mut3rResult(predictions, state, motion_scores=torch.stack(scores))
 
     def rollout(self, call: Callable[[], Any], old: Tensor, init: Tensor) -> Any:
         """The model's rollout ``call()`` twice: watched, then gated."""
@@ -154,8 +155,8 @@ class Mut3r(RecurrentMethod):
             return watched
         raw = torch.stack(self._cues).mean(0)[:, 1:]  # the first token is the pose's
         self._cues.clear()
-        self.motion = NORMALISATIONS[self.normalise](raw if self.cue == "entropy" else -raw, self.temperature)
-        scores = F.pad(self.motion, (1, 0))
+        self.motion_scores = NORMALISATIONS[self.normalise](raw if self.cue == "entropy" else -raw, self.temperature)
+        scores = F.pad(self.motion_scores, (1, 0))
         gates = {d: _DIRECTIONS[d][1](scores, strength=self.strength) for d in self._gated}
         with gating((control, gates[d]) for d, controls in self._gated.items() for control in controls):
             return call()

@@ -16,7 +16,6 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
@@ -26,8 +25,9 @@ from torch import Tensor
 from ..geometry import decode_pose, invert
 from . import export
 from .cameras import CAMERAS, camera_poses, moved_points, predicted_camera
-from .rollout import grid_of
-from .segmentation import DynamicMasks, adaptive_threshold
+from .clips import grid_of
+from .method import ClipMethod, ClipResult
+from .segmentation import adaptive_threshold
 
 MAX_POINTS = 1_000_000
 # Where points are said, in the order of preference: entry, whether it needs a camera, its last axis, its confidence.
@@ -105,7 +105,7 @@ class Outputs(NamedTuple):
 
 
 @torch.no_grad()
-def collect(result: Any, size: tuple[int, int]) -> Outputs:
+def collect(result: ClipResult, size: tuple[int, int]) -> Outputs:
     """The :class:`Outputs` of what a method's ``run`` returned for a clip of frames of ``size`` (height, width).
 
     Of a batch, the first item. A method without masks but with motion scores (MUT3R) gets masks by the adaptive
@@ -117,13 +117,13 @@ def collect(result: Any, size: tuple[int, int]) -> Outputs:
         ValueError: the frames are not of that size, or not of one.
         ImportError: scikit-image is missing (MUT3R).
     """
-    collector = Collector(size, cameras=getattr(result, "cameras", None) is not None)
-    for prediction in _frames(result.predictions):
+    collector = Collector(size, cameras=result.cameras is not None)
+    for prediction in result.by_frame():
         collector.add(prediction)
     return collector.finish(result)
 
 
-def run_and_collect(method: Any, frames: Any, size: tuple[int, int], count: int) -> Outputs:
+def run_and_collect(method: ClipMethod, frames: Any, size: tuple[int, int], count: int) -> Outputs:
     """What :func:`collect` makes of ``method.run(frames)``; of a method that streams, frame by frame.
 
     Args:
@@ -133,27 +133,8 @@ def run_and_collect(method: Any, frames: Any, size: tuple[int, int], count: int)
     Raises:
         ValueError, TypeError, ImportError: as the method's ``run`` and :func:`collect`.
     """
-    if not hasattr(method, "stream"):
-        return collect(method.run(frames), size)
-    if hasattr(method, "keep"):  # CUT3R's methods
-        collector, own = Collector(size, count), method.keep
-        method.keep = lambda prediction: collector.add(own(prediction))
-        try:
-            return collector.finish(method.run(frames))
-        finally:
-            method.keep = own
-    collector, cameras = Collector(size, count, cameras=True), []
-    stream = method.stream(frames)
-    for step in stream:
-        collector.add(step.prediction)
-        cameras.append(step.camera)
-        del step  # else the last frame's prediction lives on while the next one is made
-    found, refined = torch.stack(cameras, dim=1), torch.zeros(len(cameras), dtype=torch.bool)
-    if method.camera_pass:
-        held, again = stream.camera_pass()
-        found[:, held] = again.to(found.dtype)
-        refined[held] = True
-    return collector.finish(SimpleNamespace(cameras=found, refined=refined))
+    collector = Collector(size, count if method.streams else None, cameras=method.has_cameras)
+    return collector.finish(method.feed(frames, collector.add))
 
 
 class Collector:
@@ -214,17 +195,17 @@ class Collector:
                 self.confidence.append(self._sampled(sure.flatten(), number))
             return
 
-    def finish(self, result: Any) -> Outputs:
+    def finish(self, result: ClipResult) -> Outputs:
         """All outputs, with what the method's ``result`` says beside its predictions."""
-        masks, motion = getattr(result, "masks", None), getattr(result, "motion", None)
-        scores, heat = {}, None
-        if isinstance(masks, DynamicMasks):
-            scores = {"motion": masks.patch_scores, "heat": masks.scores}
-            refined, heat = getattr(result, "refined_masks", None), masks.scores.float().cpu()
-            masks = (masks.masks if refined is None else refined).cpu()
-        elif isinstance(motion, Tensor):  # [T, B, patches]
-            scores = {"motion": motion[:, 0]}
-            patches = motion[:, :1].float().cpu().unflatten(2, grid_of(motion.shape[2], self.size))
+        scores, heat, masks = {}, None, None
+        if result.masks is not None:
+            scores = {"motion": result.masks.patch_scores, "heat": result.masks.scores}
+            heat = result.masks.scores.float().cpu()
+            masks = (result.masks.masks if result.refined_masks is None else result.refined_masks).cpu()
+        elif result.motion_scores is not None:
+            scores = {"motion": result.motion_scores[:, 0]}
+            patches = result.motion_scores[:, :1].float().cpu()
+            patches = patches.unflatten(2, grid_of(patches.shape[2], self.size))
             heat = F.interpolate(patches, size=self.size, mode="bilinear")[:, 0]
             masks = _thresholded(heat)
         elif self.motion and len(self.motion) == self.count:
@@ -232,9 +213,9 @@ class Collector:
             if masks.all() or not masks.any():
                 what = "every pixel moves: the masks are full" if masks.all() else "nothing moves: the masks are empty"
                 warnings.warn(f"by the model's motion output {what}.", stacklevel=2)
-        if isinstance(getattr(result, "rates", None), Tensor):
+        if result.rates is not None:
             scores["rate"] = result.rates[:, 0]
-        cameras = getattr(result, "cameras", None)
+        cameras = result.cameras
         if cameras is not None:
             scores |= {"cameras": cameras[0], "refined": result.refined}
         own = torch.stack(self.encodings) if self.encodings and len(self.encodings) == self.count else None
@@ -315,9 +296,9 @@ def _rays(pixels: Tensor, intrinsics: Tensor, width: int) -> Tensor:
     return torch.stack((x, y, torch.ones_like(x)), dim=-1)
 
 
-def _first_cameras(result: Any) -> Tensor | None:
+def _first_cameras(result: ClipResult) -> Tensor | None:
     """Encodings ``[T, 7 or 9]`` of the pass whose depth and points a result holds, where its cameras are of another."""
-    first = getattr(result, "first_cameras", None) or {}
+    first = result.first_cameras or {}
     found = next((first[n] for n in CAMERAS if isinstance(first.get(n), Tensor)), None)
     return None if found is None else found[0].double().cpu()
 
@@ -331,16 +312,6 @@ def _thresholded(heat: Tensor) -> Tensor:
     if not masks.any():
         warnings.warn("no motion score is above 1/2: the masks are empty.", stacklevel=3)
     return masks
-
-
-def _frames(predictions: Any) -> list[Any]:
-    """One prediction a frame; of a clip's dict, entries ``[B, ...]``."""
-    if isinstance(predictions, dict):
-        clip = {n: x for n, x in predictions.items() if isinstance(x, Tensor) and x.dim() > 2}
-        return [
-            {n: x[:, t] for n, x in clip.items()} for t in range(min((x.shape[1] for x in clip.values()), default=0))
-        ]
-    return predictions
 
 
 def _shape(x: Tensor) -> tuple[int, ...]:

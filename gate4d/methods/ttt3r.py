@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from ..integrations.table import AttentionTable
 from ..statistics.logits import mean_logits
 from .cameras import camera_poses, moved_prediction, predicted_camera
+from .method import ClipResult
 from .options import Keep
 from .rollout import RecurrentMethod, recurrent_steps
 
@@ -35,14 +37,10 @@ class Ttt3rFrame(NamedTuple):
     base: Tensor | None = None
 
 
-class Ttt3rResult(NamedTuple):
-    """A clip: the model's prediction of every frame, the rates ``[T, B, S]``, and the last state ``[B, S, C]``.
+@dataclass(frozen=True)
+class Ttt3rResult(ClipResult):
+    """A clip: ``predictions`` (or what ``keep`` made of them), ``rates``, and the last state ``[B, S, C]``."""
 
-    ``predictions`` are whole, or what ``keep`` made of them.
-    """
-
-    predictions: list[Any]
-    rates: Tensor
     state: Tensor
 
 
@@ -107,7 +105,7 @@ class Ttt3r(RecurrentMethod):
         return frame.rate
 
     def result(self, predictions: list[Any], scores: list[Tensor], state: Tensor) -> Ttt3rResult:
-        return Ttt3rResult(predictions, torch.stack(scores), state)
+        return Ttt3rResult(predictions, state, rates=torch.stack(scores))
 
     @torch.no_grad()
     def stream(self, frames: Any) -> Iterator[Ttt3rFrame]:

@@ -5,28 +5,31 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Collection, Mapping
 from contextlib import ExitStack
-from typing import Any, NamedTuple
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..gates import MotionGate
 from ..geometry import decode_pose, invert
-from ..integrations.table import AttentionTable
+from ..integrations.table import AttentionTable, require_family, require_parts
 from ..nn.control import gating, observing, standing_in
 from ..statistics.gram import RECIPES, GramRecipe, GramResult, GramSaliency
 from ..visibility import TokenLayout
+from .clips import clip_images
+from .method import ClipMethod, ClipResult
 from .options import Layers, layer_indices, names_of
 from .refine import FORMS, refine_masks
-from .rollout import clip_images, require_family, require_parts
-from .segmentation import DynamicMasks, dynamic_masks, patch_masks
+from .segmentation import dynamic_masks, patch_masks
 
 # (predictions of the first pass, of the second, (height, width)) to depth, intrinsics and poses for refine_masks.
 Geometry = Callable[[Mapping[str, Any], Mapping[str, Any], tuple[int, int]], tuple[Tensor, Tensor, Tensor]]
 _CAMERA_OUTPUTS = ("pose_enc", "pose_enc_list", "pose")
 
 
-class Vggt4dResult(NamedTuple):
+@dataclass(frozen=True)
+class Vggt4dResult(ClipResult):
     """What :meth:`Vggt4d.run` returns.
 
     Attributes:
@@ -38,14 +41,10 @@ class Vggt4dResult(NamedTuple):
         first_cameras: the first pass's values of the outputs that come from the second.
     """
 
-    predictions: dict[str, Any]
-    masks: DynamicMasks
     saliency: GramResult
-    refined_masks: Tensor | None = None
-    first_cameras: dict[str, Any] | None = None
 
 
-class Vggt4d:
+class Vggt4d(ClipMethod):
     """VGGT4D's two passes over a clip, and the refinement of the masks by reprojection.
 
     The first pass is the plain model; :class:`gate4d.GramSaliency` watches its global attention. The saliency becomes
@@ -145,9 +144,12 @@ class Vggt4d:
             )
         del masked, encoded
         result = Vggt4dResult(
-            {**predictions, **cameras}, masks, saliency, first_cameras={name: predictions.get(name) for name in cameras}
+            {**predictions, **cameras},
+            saliency,
+            masks=masks,
+            first_cameras={name: predictions.get(name) for name in cameras},
         )
-        return result._replace(refined_masks=self._refined(images[0], masks.masks, predictions, result.predictions))
+        return replace(result, refined_masks=self._refined(images[0], masks.masks, predictions, result.predictions))
 
     def _refined(
         self, images: Tensor, masks: Tensor, first: Mapping[str, Any], second: Mapping[str, Any]
@@ -164,9 +166,6 @@ class Vggt4d:
         except (ValueError, RuntimeError, ImportError) as e:  # what both passes found is worth more than this step
             warnings.warn(f"the masks were not refined: {e}", stacklevel=3)
             return None
-
-    def close(self) -> None:
-        """Nothing outlives a run."""
 
     def _first(self, images: Tensor) -> tuple[dict[str, Any], GramResult, Any]:
         special, (_, frames, _, height, width) = self.aggregator.patch_start_idx, images.shape

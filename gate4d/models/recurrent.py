@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..geometry import chained
-from ..methods.rollout import recurrent_steps, recurrent_views
+from ..methods.clips import recurrent_views
+from ..methods.rollout import recurrent_steps
 from ..nn import CrossAttention, RoPE2D, SelfAttention
 from .alternating import CameraHead, DenseHead, Features, LayerScale, PatchEmbed, check_clip
 from .matching import Matching
@@ -155,7 +156,7 @@ class RecurrentModel(nn.Module):
 
     def stream(self, frames: Iterable[Any]) -> Iterable[dict[str, Tensor]]:
         """Predictions frame by frame, ``[B, 1, ...]`` each; frames as of
-        :func:`gate4d.methods.rollout.recurrent_views`, or a clip ``[B, T, 3, H, W]``."""
+        :func:`gate4d.methods.clips.recurrent_views`, or a clip ``[B, T, 3, H, W]``."""
         clip = frames.unbind(1) if isinstance(frames, Tensor) and frames.dim() == 5 else frames
         with torch.no_grad():
             for prediction, _ in recurrent_steps(self, recurrent_views(clip, device=self.pose_token.device)):

@@ -95,7 +95,7 @@ def test_poses_in_the_conventions_of_both_families():
     vggt = torch.tensor([[[*(-turn.T @ centre).tolist(), -x, -y, -z, w, 1.0, 1.0]]]).double()
     cut3r = torch.tensor([[*centre.tolist(), w, x, y, z]]).double()
     for prediction in ({"pose_enc": vggt}, {"camera_pose": vggt[:, 0]}, {"camera_pose": cut3r}):
-        result = gate4d.methods.Ttt3rResult([prediction], torch.ones(1, 1, 4), None)
+        result = gate4d.methods.Ttt3rResult([prediction], None, rates=torch.ones(1, 1, 4))
         (pose,) = collect(result, (32, 48)).poses
         torch.testing.assert_close(pose[:3, :3], turn, atol=1e-6, rtol=0)
         torch.testing.assert_close(pose[:3, 3], centre, atol=1e-6, rtol=0)

@@ -361,7 +361,9 @@ def test_a_model_with_a_stream_of_its_own():
     streamed = torch.cat([p["pose_enc"] for p in result.predictions], dim=1)
     torch.testing.assert_close(streamed, forward["pose_enc"])
     torch.testing.assert_close(result.cameras, forward["global_pose_enc"])
-    assert torch.equal(torch.stack(result.motion, dim=1), torch.cat([p["motion"] for p in result.predictions], 1) > 0)
+    assert torch.equal(
+        torch.stack(result.frame_masks, dim=1), torch.cat([p["motion"] for p in result.predictions], 1) > 0
+    )
 
 
 @pytest.mark.parametrize("name", ["VGGT", "STREAMVGGT", "STREAM3R"])

@@ -140,7 +140,7 @@ def test_the_camera_pass_is_the_copied_tokens_of_the_forward(options, cached):
     assert_accurate("camera pass", result.cameras, exact["dup_pose_enc"], torch_says["dup_pose_enc"])
     assert not torch.allclose(result.cameras, torch.stack([s.camera for s in steps], dim=1), atol=1e-3)
     assert torch.equal(
-        torch.stack(result.motion, dim=1), torch.cat([s.prediction["motion"] for s in steps], 1)[..., 0] > 0
+        torch.stack(result.frame_masks, dim=1), torch.cat([s.prediction["motion"] for s in steps], 1)[..., 0] > 0
     )
     if own is not None:
         assert all(state["k"] is None for state in own)

@@ -11,7 +11,7 @@ from standins.common import live_bytes
 
 import gate4d
 from gate4d.data.procedural import evaluation_clips
-from gate4d.methods.rollout import recurrent_views
+from gate4d.methods.clips import recurrent_views
 from gate4d.models import load
 
 
@@ -114,7 +114,7 @@ def test_against_materialised_maps(directions, layers, strength, cue, normalise)
     options = dict(zip(("directions", "layers", "strength", "cue", "normalise"), args, strict=True))
     with gate4d.patch(model, method="mut3r", **options) as handle:
         result = handle.run(images)
-    ours = torch.stack([p["pts3d"] for p in result.predictions]), result.motion, result.state
+    ours = torch.stack([p["pts3d"] for p in result.predictions]), result.motion_scores, result.state
     for name, got, true, baseline in zip(("points", "motion", "state"), ours, exact, torch_says, strict=True):
         assert_accurate(name, got, true, baseline)
     ungated = torch.stack([o["pts3d"] for o in model(views(images))])
@@ -161,7 +161,7 @@ def test_one_flat_frame_has_one_score(normalise, score):
         p.data.zero_()
     with gate4d.patch(model, method="mut3r", normalise=normalise) as handle:
         result = handle.run(torch.full((1, 3, 32, 48), 0.5))
-    assert torch.equal(result.motion, torch.full_like(result.motion, score))
+    assert torch.equal(result.motion_scores, torch.full_like(result.motion_scores, score))
     assert torch.isfinite(result.predictions[0]["pts3d"]).all()
 
 
@@ -190,8 +190,8 @@ def test_a_static_clip_is_left_nearly_as_plain_cut3r_has_it():
         own = list(model.stream(batch.images))
     assert all(torch.equal(a["depth"], b["depth"]) for a, b in zip(own, plain.predictions, strict=True))
     default, paper = run(), run(normalise="standardised")
-    assert 0.4 < float((paper.motion > 0.5).float().mean()) < 0.6
-    assert float((default.motion > 0.5).float().mean()) < 0.01
+    assert 0.4 < float((paper.motion_scores > 0.5).float().mean()) < 0.6
+    assert float((default.motion_scores > 0.5).float().mean()) < 0.01
     got, relative = away(default), away(paper)
     assert got["pose_enc"] < 1e-4  # measured over 24 frames: 3.6e-6, against 3.3e-3
     assert got["depth"] < 2e-3  # 5.3e-4, against 7.9e-2

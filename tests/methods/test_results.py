@@ -1,6 +1,6 @@
 """Clips of points, poses and masks from what methods return: points follow the method's cameras."""
 
-import types
+import dataclasses
 
 import numpy as np
 import pytest
@@ -9,7 +9,7 @@ from standins import factories
 
 import gate4d
 from gate4d.geometry import decode_pose, unproject
-from gate4d.methods import Ttt3rResult
+from gate4d.methods import ClipResult, Ttt3rResult
 from gate4d.methods.results import Collector, Outputs, collect
 
 pytest.importorskip("sklearn")
@@ -100,12 +100,12 @@ def test_cut3rs_points_are_those_of_its_own_view():
         "camera_pose": pose, "pts3d_in_self_view": local, "conf_self": sure, "pts3d_in_other_view": other,
         "conf": 2 + sure,
     }  # fmt: skip
-    found = collect(Ttt3rResult([prediction], torch.ones(1, 1, 4), None), SIZE)
+    found = collect(Ttt3rResult([prediction], None, rates=torch.ones(1, 1, 4)), SIZE)
     expected = local[0].double() @ turn.T + pose[0, :3].double()
     torch.testing.assert_close(found.points[0].double(), expected, atol=1e-5, rtol=0)
     assert torch.equal(found.confidence, sure)
     del prediction["pts3d_in_self_view"]
-    found = collect(Ttt3rResult([prediction], torch.ones(1, 1, 4), None), SIZE)
+    found = collect(Ttt3rResult([prediction], None, rates=torch.ones(1, 1, 4)), SIZE)
     assert torch.equal(found.points, other)
     assert torch.equal(found.confidence, 2 + sure)
 
@@ -139,7 +139,7 @@ def test_a_collector_keeps_a_regular_sample(tmp_path):
 @torch.no_grad()
 def test_cameras_that_are_not_finite_are_left_out_and_the_rest_is_written(tmp_path):
     result = run(build(), "more")
-    broken = result._replace(cameras=result.cameras * torch.tensor([torch.nan] * 3 + [1.0] * 6))
+    broken = dataclasses.replace(result, cameras=result.cameras * torch.tensor([torch.nan] * 3 + [1.0] * 6))
     with pytest.warns(UserWarning, match="the cameras are left out: they are not finite"):
         found = collect(broken, SIZE)
     assert found.poses is None
@@ -161,7 +161,7 @@ def test_poses_are_written_with_their_times(tmp_path):
 def test_masks_of_scores_are_of_what_rather_moves_than_not():
     motion = torch.zeros(3, 1, 6)
     motion[:, 0, 2] = 0.2  # stands out, and yet the score says that it rather stands still
-    result = types.SimpleNamespace(predictions=[{}] * 3, motion=motion)
+    result = ClipResult([{}] * 3, motion_scores=motion)
     with pytest.warns(UserWarning, match="no motion score is above 1/2: the masks are empty"):
         assert not collect(result, SIZE).masks.any()
     motion[:, 0, 2] = 0.9

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 import gate4d
-from gate4d.methods.rollout import recurrent_steps, recurrent_views
+from gate4d.methods.clips import recurrent_views
+from gate4d.methods.rollout import recurrent_steps
 from gate4d.models.recurrent import RecurrentModel
 
 TINY = {"heads": 3, "encoder": 1, "decoder": 2, "state": 4, "memory": 2, "widths": [4, 6]}
