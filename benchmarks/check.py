@@ -78,7 +78,7 @@ def expected_forward(x: Inputs, row_stats: tuple[str, ...] = ()) -> Expected:
 
 def expected_backward(x: Inputs, grad_out: Tensor) -> Expected:
     """Truth for ``(out, dq, dk, dv[, dmotion])``, all rows, chunk by chunk over the queries."""
-    names = ("out", "dq", "dk", "dv") + (("dmotion",) if x.motion is not None else ())
+    names = ("out", "dq", "dk", "dv") + (("dmotion",) if x.motion_scores is not None else ())
     truth = _reference_gradients(x, grad_out, torch.float64)
     yardstick = _reference_gradients(x, grad_out, torch.float32)
     return Expected(names, truth, yardstick, max(x.q.shape[2], x.k.shape[2]))
@@ -103,18 +103,20 @@ def _gate_rows(x: Inputs, motion: Tensor | None, rows: Tensor | slice, dtype: to
 
 def _reference_rows(x: Inputs, rows: Tensor, dtype: torch.dtype, row_stats: tuple[str, ...]) -> tuple[Tensor, ...]:
     q, k, v = x.q[:, :, rows].to(dtype), x.k.to(dtype), x.v.to(dtype)
-    out, aux = gated_attention(q, k, v, **_gate_rows(x, x.motion, rows, dtype), row_stats=row_stats, return_aux=True)
+    out, aux = gated_attention(
+        q, k, v, **_gate_rows(x, x.motion_scores, rows, dtype), row_stats=row_stats, return_aux=True
+    )
     return out, *(getattr(aux, name) for name in row_stats)
 
 
 def _reference_gradients(x: Inputs, grad_out: Tensor, dtype: torch.dtype) -> tuple[Tensor, ...]:
-    leaves = [t.detach().to(dtype).requires_grad_() for t in (x.q, x.k, x.v, x.motion) if t is not None]
+    leaves = [t.detach().to(dtype).requires_grad_() for t in (x.q, x.k, x.v, x.motion_scores) if t is not None]
     q, k, v = leaves[:3]
     outs = []
     for begin in range(0, q.shape[2], _CHUNK):
         rows = slice(begin, begin + _CHUNK)
         out = gated_attention(
-            q[:, :, rows], k, v, **_gate_rows(x, leaves[3] if x.motion is not None else None, rows, dtype)
+            q[:, :, rows], k, v, **_gate_rows(x, leaves[3] if x.motion_scores is not None else None, rows, dtype)
         )
         out.backward(grad_out[:, :, rows].to(dtype))
         outs.append(out.detach())

@@ -23,7 +23,7 @@ class Inputs:
 
     Attributes:
         q, k, v: ``[B, H, Nq, D]``, ``[B, H, Nk, D]``, ``[B, H, Nk, D]``.
-        motion: fp32 ``[B, Nk]`` in [0, 1), the scores of the pairwise gate or of the gate on keys; None without one.
+        motion_scores: fp32 ``[B, Nk]`` in [0, 1), of the pairwise gate or the gate on keys; None without one.
         keys_only: the gate is that on keys.
         dropped: bool ``[B, Nk]``, the keys of a hard gate; None without one.
         visible: None for full attention.
@@ -32,7 +32,7 @@ class Inputs:
     q: Tensor
     k: Tensor
     v: Tensor
-    motion: Tensor | None = None
+    motion_scores: Tensor | None = None
     dropped: Tensor | None = None
     visible: Visibility | None = None
     keys_only: bool = False
@@ -41,21 +41,21 @@ class Inputs:
         """The gate as a user builds it from motion scores."""
         if self.dropped is not None:
             return MotionGate.drop_keys(self.dropped)
-        if self.motion is None:
+        if self.motion_scores is None:
             return None
-        return MotionGate.keys(self.motion) if self.keys_only else MotionGate.pairwise(self.motion)
+        return MotionGate.keys(self.motion_scores) if self.keys_only else MotionGate.pairwise(self.motion_scores)
 
     def ungated(self) -> Inputs:
         """The same tensors without gate and visibility: what plain attention computes."""
-        return replace(self, motion=None, dropped=None, visible=None, keys_only=False)
+        return replace(self, motion_scores=None, dropped=None, visible=None, keys_only=False)
 
     def bias(self, rows: Tensor | slice = slice(None)) -> Tensor:
         """Gate and visibility as the additive bias of the papers, fp32 ``[1 or B, 1, rows, Nk]``, -inf = hidden."""
         queries, keys = self.q.shape[2], self.k.shape[2]
         bias = torch.zeros(1, len(range(queries)[rows]) if isinstance(rows, slice) else len(rows), keys)
-        if self.motion is not None:
-            query = None if self.keys_only else 1 - self.motion[:, rows]
-            weight = gate_weight(query, self.motion, 1.0)
+        if self.motion_scores is not None:
+            query = None if self.keys_only else 1 - self.motion_scores[:, rows]
+            weight = gate_weight(query, self.motion_scores, 1.0)
             bias = weight.log() if weight.requires_grad else weight.log_()
         if self.dropped is not None:
             bias = bias.masked_fill(self.dropped[:, None, :], -torch.inf)

@@ -74,9 +74,11 @@ def flex_mods(x: Inputs) -> tuple[Callable[..., Tensor] | None, object]:
     from torch.nn.attention.flex_attention import create_block_mask
 
     score_mod = mask_mod = None
-    if x.motion is not None:
-        a = x.motion.new_ones(len(x.motion), x.q.shape[2]) if x.keys_only else 1 - x.motion  # [B, Nq]
-        score_mod = motion_score_mod(a, x.motion)
+    if x.motion_scores is not None:
+        a = (
+            x.motion_scores.new_ones(len(x.motion_scores), x.q.shape[2]) if x.keys_only else 1 - x.motion_scores
+        )  # [B, Nq]
+        score_mod = motion_score_mod(a, x.motion_scores)
     if x.dropped is not None:
         kept = ~x.dropped
         mask_mod = lambda batch, head, i, j: kept[batch, j]  # noqa: E731
@@ -120,7 +122,7 @@ def xformers(x: Inputs) -> Step:
 
     q, k, v = (t.transpose(1, 2) for t in (x.q, x.k, x.v))
     bias = None
-    if x.motion is not None or x.dropped is not None or x.visible is not None:
+    if x.motion_scores is not None or x.dropped is not None or x.visible is not None:
         bias = x.bias().detach().to(q.dtype).expand(-1, q.shape[2], -1, -1).contiguous()
     return lambda: (memory_efficient_attention(q, k, v, attn_bias=bias).transpose(1, 2),)
 
@@ -150,7 +152,7 @@ def with_backward(build: Callable[[Inputs], Step], x: Inputs, grad_out: Tensor) 
 
     The step is built anew in every call, because a gate that is learned is built from its scores in every call.
     """
-    leaves = [t for t in (x.q, x.k, x.v, x.motion) if t is not None]
+    leaves = [t for t in (x.q, x.k, x.v, x.motion_scores) if t is not None]
 
     def step() -> tuple[Tensor, ...]:
         (out,) = build(x)()

@@ -26,7 +26,7 @@ class Outcome:
     """One way to run the model.
 
     Attributes:
-        poses: fp64 ``[T, 4, 4]``, camera to world. depth, motion: ``[T, H, W]``.
+        poses: fp64 ``[T, 4, 4]``, camera to world. depth, masks: ``[T, H, W]``.
         seconds, peak_bytes: of the run, the fastest of a few; memory above the loaded model.
         ate, rpe_rotation, abs_rel, iou: against the truth, None where it is not known; ATE in units of the first
             frame's mean depth.
@@ -35,7 +35,7 @@ class Outcome:
     name: str
     poses: np.ndarray
     depth: np.ndarray
-    motion: np.ndarray
+    masks: np.ndarray
     seconds: float
     peak_bytes: int
     ate: float | None = None
@@ -50,8 +50,8 @@ class Outcome:
 
     def figures(self) -> dict:
         """Plain data, without the arrays."""
-        skipped = ("poses", "depth", "motion")
-        share = float(self.motion.mean())
+        skipped = ("poses", "depth", "masks")
+        share = float(self.masks.mean())
         return {**{n: x for n, x in asdict(self).items() if n not in skipped}, "fps": self.fps, "dynamic_share": share}
 
 
@@ -99,8 +99,8 @@ def _measured(
         outcome.ate, outcome.rpe_rotation = errors.ate, errors.rpe_rotation
     if clip.depth is not None:
         outcome.abs_rel = depth_errors(depth, clip.depth).abs_rel
-    if clip.motion is not None:
-        outcome.iou = mask_iou(motion, clip.motion)
+    if clip.masks is not None:
+        outcome.iou = mask_iou(motion, clip.masks)
     return outcome
 
 

@@ -71,8 +71,8 @@ def run(args: argparse.Namespace) -> int:
             show("running the trained model")
             outcomes = trained.reconstruct(model, small)
         clip = clip_of(patch, args.patches)
-        if clip.motion is not None:
-            motion = clip_stack.pool_to_patches(clip.motion, patch)
+        if clip.masks is not None:
+            motion = clip_stack.pool_to_patches(clip.masks, patch)
             cue = "share of truly moving pixels in the patch"
         else:
             motion = clip_stack.frame_difference(clip.frames, patch)

@@ -75,7 +75,7 @@ def trained_table(outcomes: list[Outcome]) -> list[str]:
         errors = (ABOUT[o.name],)
         if known:
             errors = f"{100 * o.ate:.2f}", f"{o.rpe_rotation:.2f}", f"{o.abs_rel:.3f}", f"{o.iou:.2f}"
-        speed = f"{o.motion.mean():.1%}", f"{o.fps:.1f}", f"{o.peak_bytes / MIB:.0f}"
+        speed = f"{o.masks.mean():.1%}", f"{o.fps:.1f}", f"{o.peak_bytes / MIB:.0f}"
         rows.append((o.name, *errors, *speed))
     return table("<9 " + (">7 >9 >8 >6" if known else "<42") + " >9 >7 >10", rows)
 
@@ -88,9 +88,9 @@ def draw_trained(path: Path, clip: Clip, outcomes: list[Outcome], columns: int =
     shown = np.unique(np.linspace(0, frames - 1, min(columns, frames)).round().astype(int))
     images = clip.frames.numpy()
     rows = [("frame", lambda t: (images[t], {}))]
-    if clip.motion is not None:
-        rows.append(("true motion", lambda t: (tint(images[t], clip.motion[t].numpy().astype(np.float32)), {})))
-    rows.append(("motion found", lambda t: (tint(images[t], plain.motion[t].astype(np.float32)), {})))
+    if clip.masks is not None:
+        rows.append(("true motion", lambda t: (tint(images[t], clip.masks[t].numpy().astype(np.float32)), {})))
+    rows.append(("motion found", lambda t: (tint(images[t], plain.masks[t].astype(np.float32)), {})))
     inverse = 1 / plain.depth
     if clip.depth is not None:
         true = np.median(clip.depth) / np.median(plain.depth) / clip.depth.numpy()  # in the model's unit
@@ -173,8 +173,8 @@ def draw_overlay(path: Path, clip: Clip, motion: torch.Tensor, patch: int, cue: 
     frames, height, width, _ = clip.frames.shape
     shown = np.unique(np.linspace(0, frames - 1, min(columns, frames)).round().astype(int))
     rows = [("frame", lambda t: clip.frames[t].numpy())]
-    if clip.motion is not None:
-        rows.append(("true mask", lambda t: tint(clip.frames[t].numpy(), clip.motion[t].numpy().astype(np.float32))))
+    if clip.masks is not None:
+        rows.append(("true mask", lambda t: tint(clip.frames[t].numpy(), clip.masks[t].numpy().astype(np.float32))))
     grid = motion.unflatten(1, (height // patch, width // patch))
     scores = grid.repeat_interleave(patch, 1).repeat_interleave(patch, 2).numpy()
     rows.append(("score per patch", lambda t: tint(clip.frames[t].numpy(), scores[t])))

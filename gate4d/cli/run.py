@@ -141,8 +141,8 @@ def _figures(args: argparse.Namespace, clip, found, seconds: float, peak: int, c
         "fps": count / seconds, "seconds": seconds, "peak_bytes": peak, "device": args.device,
         "dynamic_share": None if found.masks is None else float(found.masks.float().mean()), "notes": notes,
     }  # fmt: skip
-    if clip.motion is not None:
-        figures["dynamic_share_true"] = float(clip.motion.float().mean())
+    if clip.masks is not None:
+        figures["dynamic_share_true"] = float(clip.masks.float().mean())
     return figures
 
 

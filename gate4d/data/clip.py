@@ -24,7 +24,7 @@ class Clip:
     Attributes:
         frames: uint8 ``[T, H, W, 3]``, sRGB.
         name: where the frames come from, for people.
-        motion: bool ``[T, H, W]``, True where the pixel shows something that moves in the world.
+        masks: bool ``[T, H, W]``, True where the pixel shows something that moves in the world.
         depth: fp32 ``[T, H, W]``, metres along the optical axis.
         poses: fp64 ``[T, 4, 4]``, camera to world, OpenCV axes.
         intrinsics: fp64 ``[3, 3]``, pixels.
@@ -33,7 +33,7 @@ class Clip:
 
     frames: Tensor
     name: str
-    motion: Tensor | None = None
+    masks: Tensor | None = None
     depth: Tensor | None = None
     poses: Tensor | None = None
     intrinsics: Tensor | None = None
@@ -44,7 +44,7 @@ class Batch(NamedTuple):
     """Clips of one size with all that is known about them, as training wants them."""
 
     images: Tensor  # [B, T, 3, H, W] fp32 in [0, 1]
-    motion: Tensor  # [B, T, H, W] bool: the pixel shows something that moves in the world
+    masks: Tensor  # [B, T, H, W] bool: the pixel shows something that moves in the world
     depth: Tensor  # [B, T, H, W] fp32, metres along the optical axis
     poses: Tensor  # [B, T, 4, 4] fp32, camera to world, OpenCV axes
     intrinsics: Tensor  # [B, T, 3, 3] fp32, pixels

@@ -72,7 +72,7 @@ def search(
     recipe = GramRecipe(candidates(len(model.aggregator.global_blocks)), WINDOW)
     found = [observed(model, clip, recipe) for clip in clips]
     maps = {name: torch.stack([m[name] for m, _ in found]) for name in recipe.maps}
-    truth = torch.stack([patch_masks(c.motion[0], grid) for c in clips]).flatten()
+    truth = torch.stack([patch_masks(c.masks[0], grid) for c in clips]).flatten()
     if truth.all() or not truth.any():
         raise ValueError("clips must show moving and resting patches, got one kind alone.")
     alone = {name: area(x.flatten(), truth) for name, x in maps.items()}
@@ -87,7 +87,7 @@ def search(
     results = []
     for c in sorted(areas, key=lambda c: -areas[c])[:best]:
         counts = [
-            mask_counts(dynamic_masks(dyn, features, grid, size).masks, clip.motion[0])
+            mask_counts(dynamic_masks(dyn, features, grid, size).masks, clip.masks[0])
             for dyn, (_, features), clip in zip(products[c], found, clips, strict=True)
         ]
         inter, union = np.sum(counts, 0)

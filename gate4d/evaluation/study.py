@@ -136,8 +136,8 @@ def _judge(prediction, clip: Batch, align: Alignment) -> _Judged:
     moves = np.sqrt(((centers - centers.mean(0)) ** 2).sum(1).mean()) >= STILL
     depth = depth_errors(prediction.depth, clip.depth[0].cpu(), align=align)
     ious, counts = None, (0, 0)
-    if prediction.motion is not None:
-        masks = prediction.motion, clip.motion[0].cpu()
+    if prediction.masks is not None:
+        masks = prediction.masks, clip.masks[0].cpu()
         ious, counts = frame_ious(*masks), mask_counts(*masks)
     ate, translation = (cameras.ate, cameras.rpe_translation) if moves else (np.nan, np.nan)
     return _Judged((ate, translation, cameras.rpe_rotation), depth, ious, counts)

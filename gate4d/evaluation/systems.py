@@ -38,7 +38,7 @@ class Prediction(NamedTuple):
 
     poses: np.ndarray  # fp64 [T, 4, 4], camera to world
     depth: np.ndarray  # [T, H, W], along the optical axis
-    motion: np.ndarray | None  # bool [T, H, W]
+    masks: np.ndarray | None  # bool [T, H, W]
 
 
 @dataclass(frozen=True)
@@ -63,13 +63,13 @@ class System:
     note: str = ""
 
 
-def _prediction(out: dict[str, Tensor], pose_enc: Tensor | None = None, motion: Tensor | None = None) -> Prediction:
-    """From outputs ``[1, T, ...]`` of a model over a clip; ``pose_enc`` and ``motion`` take the place of its own."""
+def _prediction(out: dict[str, Tensor], pose_enc: Tensor | None = None, masks: Tensor | None = None) -> Prediction:
+    """From outputs ``[1, T, ...]`` of a model over a clip; ``pose_enc`` and ``masks`` take the place of its own."""
     pose_enc = out["pose_enc"] if pose_enc is None else pose_enc
-    motion = out["motion"][0] > 0 if motion is None else motion
+    masks = out["motion"][0] > 0 if masks is None else masks
     size = out["depth"].shape[2:4]
     poses = invert(decode_pose(pose_enc[0].double(), *size)[0])
-    return Prediction(poses.cpu().numpy(), out["depth"][0, ..., 0].float().cpu().numpy(), motion.cpu().numpy())
+    return Prediction(poses.cpu().numpy(), out["depth"][0, ..., 0].float().cpu().numpy(), masks.cpu().numpy())
 
 
 def _nothing(model: None, clip: Batch) -> Prediction:
@@ -113,7 +113,7 @@ def _vggt4d(model: nn.Module, clip: Batch, recipe: GramRecipe = SHALLOW, second:
     """Both passes; cameras of the first one without ``second``."""
     with patch(model, method="vggt4d", recipe=recipe, masked_layers=MASKED_LAYERS if second else None) as handle:
         result = handle.run(clip.images)
-    return _prediction(result.predictions, motion=result.masks.masks)
+    return _prediction(result.predictions, masks=result.masks.masks)
 
 
 @torch.no_grad()
@@ -133,7 +133,7 @@ def early_masking(
 def _masked(model: nn.Module, clip: Batch, true: bool = False) -> Prediction:
     """Cameras with early masking by the model's own masks or the true ones, everything else without it."""
     plain = model(clip.images)
-    masks = clip.motion[0] if true else plain["motion"][0] > 0
+    masks = clip.masks[0] if true else plain["motion"][0] > 0
     return _prediction(plain, early_masking(model, clip.images, masks)["pose_enc"], masks)
 
 

@@ -162,7 +162,7 @@ class Collector:
         self.kinds: list[str] = []  # where the points of the frames come from
         self.said: list[Tensor] = []  # [n] or [n, 3]
         self.confidence: list[Tensor] = []  # [n]
-        self.motion: list[Tensor] = []  # [H, W] bool
+        self.masks: list[Tensor] = []  # [H, W] bool
 
     @torch.no_grad()
     def add(self, prediction: Any) -> None:
@@ -180,7 +180,7 @@ class Collector:
         if (logits := self._item(prediction, "motion", 2)) is not None:
             if logits.shape != self.size:
                 raise ValueError(f"result must be of a clip of frames of the size {self.size}, got {_shape(logits)}.")
-            self.motion.append((logits > 0).cpu())
+            self.masks.append((logits > 0).cpu())
         for name, of_camera, channels, doubts in _SOURCES:
             found = self._item(prediction, name, 3)
             has_camera = camera is not None or self.cameras
@@ -208,8 +208,8 @@ class Collector:
             patches = patches.unflatten(2, grid_of(patches.shape[2], self.size))
             heat = F.interpolate(patches, size=self.size, mode="bilinear")[:, 0]
             masks = _thresholded(heat)
-        elif self.motion and len(self.motion) == self.count:
-            masks = torch.stack(self.motion)
+        elif self.masks and len(self.masks) == self.count:
+            masks = torch.stack(self.masks)
             if masks.all() or not masks.any():
                 what = "every pixel moves: the masks are full" if masks.all() else "nothing moves: the masks are empty"
                 warnings.warn(f"by the model's motion output {what}.", stacklevel=2)

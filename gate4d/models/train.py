@@ -133,7 +133,7 @@ def rendered(count: int, length: int, config: Config, seed: int, step: int, cach
     if cache is None:
         return next(batches)
     sizes = "x".join(map(str, (count, length, *config.size)))
-    path = cache / f"{seed}-{step}-{sizes}-{config.pace[0]:g}-{config.pace[1]:g}.pt"
+    path = cache / f"2-{seed}-{step}-{sizes}-{config.pace[0]:g}-{config.pace[1]:g}.pt"
     if not path.exists():
         batch = next(batches)
         atomically(path, lambda f: torch.save({**batch._asdict(), "images": (batch.images * 255).round().byte()}, f))
@@ -151,7 +151,7 @@ def atomically(path: Path, write: Any) -> None:
 def targets_of(batch: procedural.Batch) -> dict[str, Tensor]:
     """What the model is to predict for a batch; see :func:`gate4d.geometry.normalised`."""
     pose_enc, depth, _ = normalised(batch.poses, batch.depth, batch.intrinsics)
-    return {"pose_enc": pose_enc, "depth": depth, "motion": batch.motion}
+    return {"pose_enc": pose_enc, "depth": depth, "motion": batch.masks}
 
 
 class Watch:
@@ -185,7 +185,7 @@ def losses(
         with autocast(config, batch.images.device):
             predictions = model(batch.images)
         loss, parts = terms.loss(in_logs(predictions) if log_depth else predictions, targets)
-        overlap = mask_overlap(predictions["motion"], batch.motion)
+        overlap = mask_overlap(predictions["motion"], batch.masks)
         return loss + OVERLAP * overlap, {**parts, "overlap": overlap.detach()}, predictions
     layout = model.aggregator.layout(batch.images)
     with Watch(model) as watch, autocast(config, batch.images.device):
@@ -196,7 +196,7 @@ def losses(
         visible = Visibility.frame_causal(layout) if causal else None
         attention = ForcedAttention(rows, layout, visible, model.aggregator.patch_size)
     loss, parts = terms.loss(in_logs(predictions) if log_depth else predictions, targets, attention)
-    overlap = mask_overlap(predictions["motion"], batch.motion)
+    overlap = mask_overlap(predictions["motion"], batch.masks)
     loss, parts = loss + OVERLAP * overlap, {**parts, "overlap": overlap.detach()}
     if causal:  # the copies of the camera tokens, which see all frames
         extra, more = terms.loss({"pose_enc": predictions["global_pose_enc"]}, {"pose_enc": targets["pose_enc"]})
@@ -209,21 +209,21 @@ def in_logs(predictions: dict[str, Tensor]) -> dict[str, Tensor]:
     return {**predictions, "depth": predictions["depth"].log()}
 
 
-def mask_overlap(logits: Tensor, motion: Tensor) -> Tensor:
+def mask_overlap(logits: Tensor, masks: Tensor) -> Tensor:
     """1 - soft IoU of the batch's masks: beside the BCE, because few pixels move and the IoU is what is asked for."""
-    p, motion = logits.sigmoid(), motion.to(logits.dtype)
-    inter = (p * motion).sum()
-    return 1 - (inter + 1) / (p.sum() + motion.sum() - inter + 1)
+    p, masks = logits.sigmoid(), masks.to(logits.dtype)
+    inter = (p * masks).sum()
+    return 1 - (inter + 1) / (p.sum() + masks.sum() - inter + 1)
 
 
 def autocast(config: Config, device: torch.device) -> torch.autocast:
     return torch.autocast(device.type, torch.bfloat16, enabled=config.bf16)
 
 
-def iou(logits: Tensor, motion: Tensor) -> tuple[int, int]:
+def iou(logits: Tensor, masks: Tensor) -> tuple[int, int]:
     """Pixels in the intersection and in the union of the predicted and the true mask."""
     found = logits > 0
-    return int((found & motion).sum()), int((found | motion).sum())
+    return int((found & masks).sum()), int((found | masks).sum())
 
 
 class Training:
@@ -314,7 +314,7 @@ class Training:
         with torch.no_grad():
             torch._foreach_lerp_(self.average, list(model.parameters()), 1 - decay)
         self.step += 1
-        inter, union = iou(predictions["motion"], batch.motion)
+        inter, union = iou(predictions["motion"], batch.masks)
         row = {
             "step": self.step, "causal": int(causal), "loss": float(loss.detach()), "gradient": float(norm),
             "inter": inter, "union": union, "data_s": data, "step_s": time.perf_counter() - start,
@@ -363,7 +363,7 @@ class Training:
                 batch = rendered(3, 8, self.config, VALIDATION_SEED, n, self.cache)
                 batch, targets = type(batch)(*(x.to(self.device) for x in batch)), targets_of(batch)
                 p = model(batch.images, causal=mode) if hasattr(model, "aggregator") else model(batch.images)
-                a, b = iou(p["motion"], batch.motion)
+                a, b = iou(p["motion"], batch.masks)
                 inter, union = inter + a, union + b
                 terms = MoreRecipe(forcing=0.0).loss({"pose_enc": p["pose_enc"]}, targets)[1]
                 rotation.append(float(terms["rotation"]))

@@ -235,7 +235,7 @@ def test_flex_attention_computes_the_same_bias():
     from torch.nn.attention.flex_attention import flex_attention  # eager: compiling takes longer than the whole suite
 
     x = inputs.make_inputs(SHAPE, 2, gate="pairwise")
-    out = flex_attention(x.q, x.k, x.v, score_mod=peers.motion_score_mod(1 - x.motion, x.motion))
+    out = flex_attention(x.q, x.k, x.v, score_mod=peers.motion_score_mod(1 - x.motion_scores, x.motion_scores))
     check.expected_forward(x).verify("FlexAttention", (out,))
 
 

@@ -245,7 +245,7 @@ def test_trained_model_beside_the_truth(tmp_path, weights):
     outcomes = reconstruct(load(weights), clip, repeats=1)
     assert [o.name for o in outcomes] == ["no gates", "gates", "stream"]
     assert all(0 <= o.iou <= 1 and 0 < o.abs_rel < 10 and o.ate < 1 and o.fps > 0 for o in outcomes)
-    np.testing.assert_array_equal(outcomes[0].motion, outcomes[1].motion)
+    np.testing.assert_array_equal(outcomes[0].masks, outcomes[1].masks)
     assert max(map(len, demo_report.trained_table(outcomes))) <= 80
     demo_report.draw_trained(tmp_path / "with.png", clip, outcomes)
     unknown = Clip(clip.frames, "unknown")

@@ -47,7 +47,7 @@ def knowing(scale=3.0, **changes):
         world = np.linalg.inv(clip.poses[0, 0].double().numpy())
         poses = world @ clip.poses[0].double().numpy()
         poses[:, :3, 3] *= scale
-        truth = Prediction(poses, clip.depth[0].numpy() * scale, clip.motion[0].numpy())
+        truth = Prediction(poses, clip.depth[0].numpy() * scale, clip.masks[0].numpy())
         return truth._replace(**{name: change(getattr(truth, name)) for name, change in changes.items()})
 
     return System("test", "knowing", "none", run, causal=True)
@@ -74,9 +74,9 @@ def test_errors_are_those_put_in(clips):
     (row,) = measure(knowing(poses=shifted), None, clips, [6])
     assert row.ate > 1e-3
     assert row.rpe_rotation < 1e-4
-    (row,) = measure(knowing(motion=np.logical_not), None, clips, [6])
+    (row,) = measure(knowing(masks=np.logical_not), None, clips, [6])
     assert row.iou == 0
-    (row,) = measure(knowing(motion=lambda m: None), None, clips, [6])
+    (row,) = measure(knowing(masks=lambda m: None), None, clips, [6])
     assert np.isnan(row.iou)
     with pytest.raises(ValueError, match="knowing: predicted must be finite"):
         measure(knowing(depth=lambda d: d * np.nan), None, clips, [6])
@@ -123,7 +123,7 @@ def test_token_causal_blocks_see_no_later_token(clips):
 def test_true_masks_drop_what_moves(clips):
     model, clip = small(), clips[0]
     plain = _full(model, clip)
-    nothing = _masked(model, clip._replace(motion=torch.zeros_like(clip.motion)), true=True)
+    nothing = _masked(model, clip._replace(masks=torch.zeros_like(clip.masks)), true=True)
     np.testing.assert_allclose(nothing.poses, plain.poses, atol=1e-6)
     assert np.abs(_masked(model, clip, true=True).poses - plain.poses).max() > 1e-6
 
@@ -175,7 +175,7 @@ def test_recipe_search_finds_the_map_that_shows_motion(clips):
 
     def show(q, k, scale):
         layout = model.aggregator.layout(clips[0].images)
-        moving = patch_masks(clips[0].motion[0], (4, 5))
+        moving = patch_masks(clips[0].masks[0], (4, 5))
         tokens = layout.token_scores(moving[None].float()).bool()
         k[:, :, tokens[0]] = 3.0
 

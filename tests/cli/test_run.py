@@ -84,7 +84,7 @@ def test_files_hold_what_the_method_found(method, tmp_path, capsys):
         assert np.array_equal(np.asarray(Image.open(out / "masks" / f"{t:06d}.png")) > 0, found.masks[t].numpy())
     assert len(list((out / "overlays").iterdir())) == FRAMES
     assert summary["dynamic_share"] == pytest.approx(float(found.masks.float().mean()))
-    assert summary["dynamic_share_true"] == pytest.approx(float(clip.motion.float().mean()))
+    assert summary["dynamic_share_true"] == pytest.approx(float(clip.masks.float().mean()))
 
 
 def test_poses_in_the_conventions_of_both_families():

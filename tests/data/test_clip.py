@@ -46,7 +46,7 @@ def test_folder_in_natural_order_cropped_to_patches(folder):
     assert clip.frames.shape == (3, 28, 56, 3)
     assert clip.frames.dtype == torch.uint8
     assert clip.frames[:, 0, -1, 1].tolist() == [20, 40, 200]
-    assert clip.motion is None
+    assert clip.masks is None
 
 
 def test_whole_patches_are_left_as_they_are(tmp_path):

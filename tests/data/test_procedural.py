@@ -49,7 +49,7 @@ def test_shapes_and_types():
     clip = render_clip(3, 28, 42)
     assert clip.frames.shape == (3, 28, 42, 3)
     assert clip.frames.dtype == torch.uint8
-    assert clip.motion.shape == clip.depth.shape == (3, 28, 42)
+    assert clip.masks.shape == clip.depth.shape == (3, 28, 42)
     assert clip.poses.shape == (3, 4, 4)
     assert clip.intrinsics.shape == (3, 3)
 
@@ -89,12 +89,12 @@ def test_a_longer_clip_starts_with_the_shorter_one():
 
 def test_static_clips_have_no_motion_and_dynamic_ones_do():
     static = next(batches(6, 2, 32, 40, dynamic=0.0))
-    assert not static.motion.any()
+    assert not static.masks.any()
     dynamic = next(batches(12, 8, 32, 40, dynamic=1.0))
-    share = dynamic.motion.flatten(1).float().mean(1)
+    share = dynamic.masks.flatten(1).float().mean(1)
     assert (share > 0).all()
     assert 0.03 < share.median() < 0.35
-    assert [bool(b.motion.any()) for b in evaluation_clips(2, 32, 40, count=5)] == [True] * 4 + [False]
+    assert [bool(b.masks.any()) for b in evaluation_clips(2, 32, 40, count=5)] == [True] * 4 + [False]
 
 
 def known_scene():

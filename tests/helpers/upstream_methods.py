@@ -251,14 +251,14 @@ def vggt4d():
     clip = render_clip(8, 84, 112)
     unit, poses = clip.depth[0].mean(), clip.poses.clone().float()
     poses[:, :3, 3] /= unit
-    coarse = F.max_pool2d(clip.motion[:, None].float(), 9, 1, 4)[:, 0] > 0
+    coarse = F.max_pool2d(clip.masks[:, None].float(), 9, 1, 4)[:, 0] > 0
     coarse[:, 10:30, 20:40] = True
     scene = images_of(clip), clip.depth / unit, clip.intrinsics.float().repeat(8, 1, 1), poses
     refiner = RefineDynMask(*scene[:2], coarse, scene[3], scene[2], torch.device("cpu"))
     theirs = refiner.refine_masks()
     ours = refine_masks(coarse, *scene)
     report["refined_pixels_that_differ"] = float((ours != theirs).float().mean())
-    report["refined_iou"] = [float((m & clip.motion).sum() / (m | clip.motion).sum()) for m in (coarse, theirs, ours)]
+    report["refined_iou"] = [float((m & clip.masks).sum() / (m | clip.masks).sum()) for m in (coarse, theirs, ours)]
     return report
 
 

@@ -170,7 +170,7 @@ def test_a_static_clip_is_left_nearly_as_plain_cut3r_has_it():
     """A rendered scene in which nothing moves, seen by a camera that does; the paper's form gates half of it."""
     pytest.importorskip("safetensors")
     model, *_, batch = load("recurrent"), *evaluation_clips(6, 64, 80, count=5)
-    assert not batch.motion.any()
+    assert not batch.masks.any()
 
     def run(**options):
         with gate4d.patch(model, method="mut3r", **options) as handle:

@@ -18,7 +18,7 @@ def scene(frames, height, width, seed=0):
     clip = render_clip(frames, height, width, seed=seed)
     unit, poses = clip.depth[0].mean(), clip.poses.clone()
     poses[:, :3, 3] /= unit
-    return (clip.frames.movedim(-1, 1) / 255, clip.depth / unit, clip.intrinsics, poses), clip.motion
+    return (clip.frames.movedim(-1, 1) / 255, clip.depth / unit, clip.intrinsics, poses), clip.masks
 
 
 def corrupted(motion, reach=4, seed=0):
