@@ -7,7 +7,7 @@
 //     not renormalised  dS = E (w dP - D),        d weight = E dP
 #pragma once
 
-#include "weights.h"
+#include "gate_and_visibility.h"
 
 namespace {
 
@@ -63,10 +63,12 @@ struct BackwardTile {
 template <int R>
 void subtract_far_lse(GateKind gate, float* s, int n, float scale, const PanelGrad& grad) {
   const vf largest = set1(gate == NO_GATE ? 0.0f : __builtin_inff());
-  for (int j = 0; j < n; ++j) GATE4D_UNROLL for (int r = 0; r < R; ++r) {
+  for (int j = 0; j < n; ++j) {
+    GATE4D_UNROLL for (int r = 0; r < R; ++r) {
       float* at = s + j * PANEL + r * W;
       store(at, min(largest, rounded(load(at) * scale) - load(grad.lse + r * W)));
     }
+  }
 }
 
 // Logits and dP to P and dS, in place; gradients of the gate's scores where asked for. `scale` is that of the logits,
@@ -129,7 +131,9 @@ void differentiate(float* s, float* dp, int n, float scale, const float* b, cons
     }
     if (SCORES) store(grad_b + j * W, load(grad_b + j * W) + key_grad);
   }
-  if (SCORES) GATE4D_UNROLL for (int r = 0; r < R; ++r) store(grad.score + r * W, load(grad.score + r * W) + score[r]);
+  if (SCORES) {
+    GATE4D_UNROLL for (int r = 0; r < R; ++r) store(grad.score + r * W, load(grad.score + r * W) + score[r]);
+  }
 }
 
 template <int R>

@@ -4,7 +4,7 @@
 // one matrix product, the gate as a weight on the exponentials, values by another. Memory is the task's scratch.
 #pragma once
 
-#include "weights.h"
+#include "gate_and_visibility.h"
 
 namespace {
 

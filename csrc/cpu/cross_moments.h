@@ -5,8 +5,8 @@
 // The product with the centre, the same for all j, is added to the mean at the end.
 #pragma once
 
+#include "gate_and_visibility.h"
 #include "moments.h"
-#include "weights.h"
 
 namespace {
 
@@ -54,9 +54,10 @@ void pack_features(const CrossMoments& f, int batch, int first, int rows, float*
 void add_product(const float* x, const float* centre, int features, float* out) {
   for (int first = 0; first < features; first += CHUNK) {
     vf sum[3] = {};
-    for (int d = first; d < min(first + CHUNK, features); ++d)
-      GATE4D_UNROLL for (int r = 0; r < 3; ++r) sum[r] =
-          fma(load(x + (int64_t)d * PANEL + r * W), set1(centre[d]), sum[r]);
+    for (int d = first; d < min(first + CHUNK, features); ++d) {
+      const float* const at = x + (int64_t)d * PANEL;
+      GATE4D_UNROLL for (int r = 0; r < 3; ++r) sum[r] = fma(load(at + r * W), set1(centre[d]), sum[r]);
+    }
     GATE4D_UNROLL for (int r = 0; r < 3; ++r) store(out + r * W, load(out + r * W) + sum[r]);
   }
 }
@@ -65,7 +66,9 @@ template <int R>
 void merge_product(const float* s, int n, PanelMoments& p) {
   vf total[R];
   GATE4D_UNROLL for (int r = 0; r < R; ++r) total[r] = vf{};
-  for (int i = 0; i < n; ++i) GATE4D_UNROLL for (int r = 0; r < R; ++r) total[r] += load(s + i * PANEL + r * W);
+  for (int i = 0; i < n; ++i) {
+    GATE4D_UNROLL for (int r = 0; r < R; ++r) total[r] += load(s + i * PANEL + r * W);
+  }
   merge_tile<R>(s, n, total, p);
 }
 

@@ -39,16 +39,19 @@ GATE4D_INLINE void gemm_tile(const typename M::Elem* a, int64_t a_row, int64_t a
                              float* c, int64_t c_row,                                // C[J][R * W]
                              int k, bool accumulate) {
   vf acc[J][R];
-  GATE4D_UNROLL for (int j = 0; j < J; ++j) GATE4D_UNROLL for (int r = 0; r < R; ++r) acc[j][r] = vf{};
+  GATE4D_UNROLL for (int j = 0; j < J; ++j) { GATE4D_UNROLL for (int r = 0; r < R; ++r) acc[j][r] = vf{}; }
   for (int i = 0; i < k; ++i) {
     decltype(load(b)) row[R];
     GATE4D_UNROLL for (int r = 0; r < R; ++r) row[r] = load(b + i * b_k + r * W);
-    GATE4D_UNROLL for (int j = 0; j < J; ++j) GATE4D_UNROLL for (int r = 0; r < R; ++r) acc[j][r] =
-        M::step(a + j * a_row + i * a_k, row[r], acc[j][r]);
+    GATE4D_UNROLL for (int j = 0; j < J; ++j) {
+      GATE4D_UNROLL for (int r = 0; r < R; ++r) acc[j][r] = M::step(a + j * a_row + i * a_k, row[r], acc[j][r]);
+    }
   }
-  GATE4D_UNROLL for (int j = 0; j < J; ++j) GATE4D_UNROLL for (int r = 0; r < R; ++r) {
-    float* const to = c + j * c_row + r * W;
-    store(to, accumulate ? load(to) + acc[j][r] : acc[j][r]);
+  GATE4D_UNROLL for (int j = 0; j < J; ++j) {
+    GATE4D_UNROLL for (int r = 0; r < R; ++r) {
+      float* const to = c + j * c_row + r * W;
+      store(to, accumulate ? load(to) + acc[j][r] : acc[j][r]);
+    }
   }
 }
 

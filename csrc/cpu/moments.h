@@ -19,10 +19,12 @@ void merge_tile(const float* x, int n, const vf (&total)[R], PanelMoments& p) {
     mean[r] = total[r] * (1.0f / n);
     m2[r] = vf{};
   }
-  for (int i = 0; i < n; ++i) GATE4D_UNROLL for (int r = 0; r < R; ++r) {
+  for (int i = 0; i < n; ++i) {
+    GATE4D_UNROLL for (int r = 0; r < R; ++r) {
       const vf deviation = load(x + i * PANEL + r * W) - mean[r];
       m2[r] = fma(deviation, deviation, m2[r]);
     }
+  }
   const float share = (float)n / (float)(p.count + n);
   GATE4D_UNROLL for (int r = 0; r < R; ++r) {
     const vf old = load(p.mean + r * W), delta = mean[r] - old;

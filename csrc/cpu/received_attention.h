@@ -5,8 +5,8 @@
 // (Chan's update: squares of small probabilities would cancel). Nothing else is kept.
 #pragma once
 
+#include "gate_and_visibility.h"
 #include "moments.h"
-#include "weights.h"
 
 namespace {
 
@@ -65,10 +65,12 @@ void read_tile(const ReceivedAttention& f, int batch, int head, int first, TileQ
 template <int R>
 void subtract_far_lse(GateKind gate, float* s, float scale, const TileQueries& t) {
   const vf largest = set1(gate == NO_GATE ? 0.0f : __builtin_inff());
-  for (int i = 0; i < t.rows; ++i) GATE4D_UNROLL for (int r = 0; r < R; ++r) {
+  for (int i = 0; i < t.rows; ++i) {
+    GATE4D_UNROLL for (int r = 0; r < R; ++r) {
       float* at = s + i * PANEL + r * W;
       store(at, min(largest, rounded(load(at) * scale) - set1(t.lse[i])));
     }
+  }
 }
 
 // Logits to probabilities, in place, and their sums over the tile's queries. `scale` is that of the logits, in units of

@@ -188,12 +188,14 @@ template <int R>
 void hide_invisible(float* s, float* zeroed, int n, int first_key, const PanelQueries& p) {
   const Seen<R> seen(p);
   const vf hidden = set1(-__builtin_inff());
-  for (int j = 0; j < n; ++j) GATE4D_UNROLL for (int r = 0; r < R; ++r) {
+  for (int j = 0; j < n; ++j) {
+    GATE4D_UNROLL for (int r = 0; r < R; ++r) {
       const int64_t at = j * PANEL + r * W;
       const vi sees = seen(r, first_key + j);
       store(s + at, select(sees, load(s + at), hidden));
       if (zeroed) store(zeroed + at, select(sees, load(zeroed + at), vf{}));
     }
+  }
 }
 
 // out[d][lane] += x[j][d] * w[j][lane] for the keys that a query sees. A matrix product would carry a NaN or an
@@ -235,12 +237,14 @@ void fold_weights(GateKind gate, float* s, int n, float scale, const float* b, c
                   const Power& strength) {
   vf a[R];
   GATE4D_UNROLL for (int r = 0; r < R; ++r) a[r] = gate == PAIR_FOLD ? load(p.score + r * W) : vf{};
-  for (int j = 0; j < n; ++j) GATE4D_UNROLL for (int r = 0; r < R; ++r) {
+  for (int j = 0; j < n; ++j) {
+    GATE4D_UNROLL for (int r = 0; r < R; ++r) {
       float* at = s + j * PANEL + r * W;
       const vf bj = set1(b[j]);
       const vf log = gate == KEY_FOLD ? bj : log_weight(one_minus_product(a[r], bj), strength);
       store(at, fma(load(at), set1(scale), log));
     }
+  }
 }
 
 }  // namespace
