@@ -109,19 +109,6 @@ def unproject(depth: Tensor, extrinsics: Tensor, intrinsics: Tensor) -> Tensor:
     return points @ pose[..., None, :3, :3].mT + pose[..., None, None, :3, 3]
 
 
-def fitted(images: Tensor, side: int = 8) -> Tensor:
-    """Images ``[..., 3, H, W]`` resized to the nearest multiples of ``side``, at least one of each; bilinear.
-
-    Images that fit are returned as they are. Pixels stay where they are in the image's own coordinates, so fields of
-    view and depth are not touched; a side changes by less than ``side`` pixels.
-    """
-    size = [max(1, round(n / side)) * side for n in images.shape[-2:]]
-    if size == list(images.shape[-2:]):
-        return images
-    flat = images.reshape(-1, *images.shape[-3:])
-    return F.interpolate(flat, size, mode="bilinear", antialias=True).unflatten(0, images.shape[:-3])
-
-
 def normalised(poses: Tensor, depth: Tensor, intrinsics: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """What a model is to predict for a clip: pose relative to the first frame, in units of its mean depth.
 

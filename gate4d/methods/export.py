@@ -14,6 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..geometry import matrix_to_quaternion
+
 
 @contextmanager
 def written_at_once(out: str | Path, check: Callable[[Path], None] | None = None) -> Iterator[Path]:
@@ -148,28 +150,17 @@ def save_tum(path: str | Path, poses: Tensor, timestamps: Sequence[float] | None
     Raises:
         ValueError: poses or timestamps do not fit.
     """
-    poses = poses.detach().double().cpu().numpy()
-    if poses.ndim != 3 or poses.shape[1:] != (4, 4) or not np.isfinite(poses).all():
+    poses = poses.detach().double().cpu()
+    if poses.dim() != 3 or poses.shape[1:] != (4, 4) or not poses.isfinite().all():
         raise ValueError(f"poses must be finite [T, 4, 4] (camera to world), got {list(poses.shape)}.")
     times = range(len(poses)) if timestamps is None else timestamps
     if len(times) != len(poses):
         raise ValueError(f"timestamps must hold one number a pose ({len(poses)}), got {len(times)}.")
-    rows = np.column_stack((np.asarray(times, dtype=np.float64), poses[:, :3, 3], quaternions(poses[:, :3, :3])))
+    turns = matrix_to_quaternion(poses[:, :3, :3])
+    rows = np.column_stack((np.asarray(times, dtype=np.float64), poses[:, :3, 3], turns))
     path = Path(path)
     np.savetxt(path, rows, fmt=["%.6f", *["%.9g"] * 7])  # of a Unix time, nine digits would leave seconds
     return path
-
-
-def quaternions(rotations: np.ndarray) -> np.ndarray:  # [T, 3, 3] -> [T, 4]
-    """Unit quaternions ``x y z w`` with w >= 0, also of matrices that are rotations only to rounding (Bar-Itzhack)."""
-    r = np.asarray(rotations, dtype=np.float64)
-    k = np.zeros((len(r), 4, 4))
-    k[:, :3, :3] = r + r.transpose(0, 2, 1) - np.trace(r, axis1=1, axis2=2)[:, None, None] * np.eye(3)
-    skew = np.stack((r[:, 2, 1] - r[:, 1, 2], r[:, 0, 2] - r[:, 2, 0], r[:, 1, 0] - r[:, 0, 1]), axis=1)
-    k[:, :3, 3] = k[:, 3, :3] = skew
-    k[:, 3, 3] = np.trace(r, axis1=1, axis2=2)
-    q = np.linalg.eigh(k)[1][..., -1]
-    return np.where(q[:, 3:] < 0, -q, q)
 
 
 def save_ply(path: str | Path, points: Tensor, colours: Tensor | None = None) -> Path:

@@ -16,6 +16,7 @@ from standins import factories
 import gate4d
 from gate4d.cli.main import main
 from gate4d.data import render_clip
+from gate4d.geometry import matrix_to_quaternion
 from gate4d.methods import export
 from gate4d.methods.results import collect
 
@@ -90,7 +91,7 @@ def test_files_hold_what_the_method_found(method, tmp_path, capsys):
 def test_poses_in_the_conventions_of_both_families():
     """World to camera with the scalar last, and camera to world with the scalar first, to the same matrices."""
     turn = torch.linalg.matrix_exp(torch.tensor([[0.0, -0.3, 0.2], [0.3, 0.0, -0.5], [-0.2, 0.5, 0.0]]).double())
-    x, y, z, w = gate4d.methods.export.quaternions(turn.numpy()[None])[0]
+    x, y, z, w = matrix_to_quaternion(turn).tolist()
     centre = torch.tensor([1.0, -2.0, 0.5]).double()
     vggt = torch.tensor([[[*(-turn.T @ centre).tolist(), -x, -y, -z, w, 1.0, 1.0]]]).double()
     cut3r = torch.tensor([[*centre.tolist(), w, x, y, z]]).double()

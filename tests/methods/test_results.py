@@ -8,7 +8,7 @@ import torch
 from standins import factories
 
 import gate4d
-from gate4d.geometry import decode_pose, unproject
+from gate4d.geometry import decode_pose, matrix_to_quaternion, unproject
 from gate4d.methods import ClipResult, Ttt3rResult
 from gate4d.methods.results import Collector, Outputs, collect
 
@@ -93,7 +93,7 @@ def test_world_points_without_depth_move_with_the_cameras(method):
 @torch.no_grad()
 def test_cut3rs_points_are_those_of_its_own_view():
     turn = torch.linalg.matrix_exp(torch.tensor([[0.0, -0.3, 0.2], [0.3, 0.0, -0.5], [-0.2, 0.5, 0.0]]).double())
-    x, y, z, w = gate4d.methods.export.quaternions(turn.numpy()[None])[0]
+    x, y, z, w = matrix_to_quaternion(turn).tolist()
     pose = torch.tensor([[1.0, -2.0, 0.5, w, x, y, z]])
     local, other, sure = torch.rand(1, *SIZE, 3), torch.rand(1, *SIZE, 3), torch.rand(1, *SIZE)
     prediction = {

@@ -99,15 +99,6 @@ def test_targets_are_relative_to_the_first_frame_and_without_scale():
     torch.testing.assert_close(again[1], scaled)
 
 
-def test_odd_sizes_are_fitted():
-    assert geo.fitted(torch.rand(2, 3, 3, 15, 29)).shape == (2, 3, 3, 16, 32)
-    assert geo.fitted(torch.rand(1, 3, 3, 2)).shape == (1, 3, 8, 8)
-    fits = torch.rand(3, 16, 24)
-    assert geo.fitted(fits) is fits
-    ramp = geo.fitted((torch.arange(30) + 0.5).expand(1, 3, 16, 30) / 30)
-    torch.testing.assert_close(ramp[0, 0, 8, 1:-1], (torch.arange(1, 31) + 0.5) / 32, atol=2e-3, rtol=0)
-
-
 # ---- the alternating model ---------------------------------------------------------------------------------------
 
 
