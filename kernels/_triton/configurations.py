@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -24,16 +24,14 @@ PASSES = ("forward", "forward_stats", "grad_query", "grad_key", "received", "cro
 
 @dataclass(frozen=True)
 class Config:
-    """How one kernel is compiled. The last three are variants of the forward pass."""
+    """How one kernel is compiled."""
 
     block_m: int
     block_n: int
     num_warps: int
     num_stages: int
     registers: int = 0  # limit a thread; where the assembler is left to choose, it may spill one to fit another block
-    descriptors: bool = False  # load K and V through tensor descriptors (the copy engine from Hopper on)
-    persistent: bool = False
-    polynomial: bool = False  # half of the exponentials on the FMA units; 16-bit types only
+    descriptors: bool = False  # forward: load K and V through tensor descriptors (the copy engine from Hopper on)
 
     @property
     def options(self) -> dict[str, int]:
@@ -61,8 +59,8 @@ _AMPERE: Table = {
 }
 _HOPPER: Table = {
     ("forward", 2): {64: (128, 128, 8, 3), 128: (128, 64, 8, 3), 256: (64, 64, 8, 2)},
-    ("forward_stats", 2): {64: (64, 64, 8, 2), 128: (128, 64, 8, 3), 256: (64, 64, 8, 2)},
-    ("grad_query", 2): {64: (64, 64, 8, 2), 128: (64, 64, 8, 2), 256: (64, 32, 8, 1)},
+    ("forward_stats", 2): {64: (128, 32, 8, 2), 128: (128, 32, 8, 2), 256: (64, 64, 8, 2)},
+    ("grad_query", 2): {64: (128, 32, 8, 2), 128: (128, 32, 8, 2), 256: (64, 32, 8, 1)},
     ("grad_key", 2): {64: (32, 128, 8, 2), 128: (32, 64, 8, 1), 256: (32, 32, 8, 1)},
     ("forward", 4): {64: (32, 32, 8, 1), 128: (32, 32, 8, 1), 256: (32, 32, 8, 2)},
     ("forward_stats", 4): {64: (32, 32, 8, 1), 128: (32, 32, 8, 1), 256: (32, 32, 8, 2)},
@@ -71,6 +69,7 @@ _HOPPER: Table = {
 }
 _BLACKWELL: Table = {
     **_HOPPER,
+    ("forward_stats", 2): {64: (64, 64, 8, 2), 128: (128, 64, 8, 3), 256: (64, 64, 8, 2)},
     ("forward", 2): {64: (128, 64, 8, 3, 255), 128: (128, 64, 8, 3), 256: (64, 64, 8, 2)},
     ("grad_query", 2): {64: (64, 64, 8, 2), 128: (64, 64, 8, 2, 255), 256: (64, 32, 8, 1)},
     ("grad_key", 2): {64: (32, 128, 8, 2), 128: (32, 64, 8, 1, 255), 256: (32, 32, 8, 1)},
@@ -151,9 +150,3 @@ def override(kind: str, base: Config, **changes: Any) -> Iterator[Config]:
 @cache
 def _tuned() -> list[dict]:
     return json.loads(TUNED.read_text()) if TUNED.exists() else []
-
-
-def tuned_row(kind: str, capability: tuple[int, int], dtype: torch.dtype, width: int, chosen: Config) -> dict:
-    """A row of the tuned table."""
-    name = str(dtype).removeprefix("torch.")
-    return {"pass": kind, "capability": list(capability), "dtype": name, "width": width, "config": asdict(chosen)}

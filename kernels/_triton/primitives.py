@@ -9,7 +9,6 @@ import triton
 import triton.language as tl
 
 LOG2E = 1.4426950408889634
-LN2 = 0.6931471805599453
 # tl.constexpr globals can be read inside kernels; plain ones cannot.
 _NONE = tl.constexpr(2**31 - 1)
 
@@ -41,45 +40,40 @@ def to_base2(x):
 
 
 @triton.jit
-def _exp2_polynomial(x):
-    """``2 ** x`` for x <= 0 without MUFU: 2 ** n in the exponent bits, a cubic for the rest, within 1.1e-4 relative.
-
-    The constant term is exactly 1, so that everything below -127, also -inf, gives exactly 0.
-    """
-    x = tl.maximum(x, -127.0, propagate_nan=tl.PropagateNan.ALL)
-    rounder = x + 12582912.0  # 1.5 * 2**23: the low bits are round(x)
-    f = x - (rounder - 12582912.0)  # [-1/2, 1/2]
-    y = 1.0 + f * (0.69328293 + f * (0.24221097 + f * 0.05500893))
-    return (y.to(tl.int32, bitcast=True) + (rounder.to(tl.int32, bitcast=True) << 23)).to(tl.float32, bitcast=True)
-
-
-@triton.jit
-def exp2_tile(x, M: tl.constexpr, N: tl.constexpr, POLYNOMIAL: tl.constexpr):
-    """``2 ** x`` of a tile ``[M, N]``, x <= 0; with POLYNOMIAL every other column on the FMA units.
-
-    Neighbouring columns belong to one thread, so that taking them apart moves no data.
-    """
-    if not POLYNOMIAL:
-        return tl.exp2(x)
-    even, odd = tl.split(tl.reshape(x, [M, N // 2, 2]))
-    return tl.reshape(tl.join(tl.exp2(even), _exp2_polynomial(odd)), [M, N])
-
-
-@triton.jit
 def load_row(P, left, BLOCK: tl.constexpr, THREADS: tl.constexpr):
     """``P[0:BLOCK]`` with 0 from ``left`` on, for a vector that is broadcast along a score tile.
 
     A load with fewer elements than threads is taken for a cheap one and repeated in the layout of the score tile,
     which for a row means one instruction per column and thread. Padding it with masked lanes prevents that.
     """
-    COPIES: tl.constexpr = 1 if THREADS <= BLOCK else (2 if THREADS <= 2 * BLOCK else 4)
+    COPIES: tl.constexpr = 1 if THREADS <= BLOCK else THREADS // BLOCK  # up to 16: 8 warps, 16 lanes
     lane = tl.arange(0, COPIES * BLOCK)
     x = tl.load(P + lane, mask=(lane < BLOCK) & (lane < left), other=0)
-    if COPIES == 4:
+    if COPIES >= 16:
+        x, _ = tl.split(tl.trans(tl.reshape(x, [2, 8 * BLOCK])))
+    if COPIES >= 8:
+        x, _ = tl.split(tl.trans(tl.reshape(x, [2, 4 * BLOCK])))
+    if COPIES >= 4:
         x, _ = tl.split(tl.trans(tl.reshape(x, [2, 2 * BLOCK])))
     if COPIES >= 2:
         x, _ = tl.split(tl.trans(tl.reshape(x, [2, BLOCK])))
     return x
+
+
+@triton.jit
+def merge_moments(count, mean, m2, x, left, lane, WIDTH: tl.constexpr):
+    """Moments ``[M]`` with the columns of a tile ``[M, WIDTH]`` merged in, by the pairwise update, so that the variance
+    of nearly equal numbers does not cancel. Columns from ``left`` on are 0 and do not count."""
+    number = tl.minimum(left, WIDTH).to(tl.float32)
+    tile_mean = tl.sum(x, 1) / number  # [M]
+    deviation = x - tile_mean[:, None]  # [M, WIDTH]
+    if left < WIDTH:
+        deviation = tl.where((lane < left)[None, :], deviation, 0.0)
+    step = tile_mean - mean
+    total = count + number
+    mean += step * (number / total)
+    m2 += tl.sum(deviation * deviation, 1) + step * step * (count * number / total)
+    return total, mean, m2
 
 
 @triton.jit
@@ -169,6 +163,15 @@ def reach(start, end, sink, inside):
     all_high = tl.min(tl.where(inside, end, _NONE), 0)
     all_far = tl.min(tl.where(inside, sink, _NONE), 0)
     return low, high, far, all_low, all_high, all_far
+
+
+@triton.jit
+def tile_range(low, high, far, BLOCK_N: tl.constexpr):
+    """The tiles of keys that some row sees, as a loop over ``steps``: those of the sinks, then from ``first`` on."""
+    first = low // BLOCK_N
+    sink_tiles = tl.minimum(tl.cdiv(far, BLOCK_N), first)
+    steps = sink_tiles + tl.maximum(tl.cdiv(high, BLOCK_N) - first, 0)
+    return first, sink_tiles, steps
 
 
 @triton.jit

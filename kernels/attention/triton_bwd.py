@@ -23,6 +23,7 @@ from .._triton.primitives import (
     row_lse,
     seen_by_all,
     seen_by_any,
+    tile_range,
 )
 
 
@@ -122,9 +123,7 @@ def grad_query_kernel(
     if HAS_BOUNDS:
         start, end, sink = row_bounds(BOUNDS, b, offs_m, num_queries, count, bounds_stride_b)
         low, high, far, all_low, all_high, all_far = reach(start, end, sink, inside_m)
-        first = low // BLOCK_N
-        sink_tiles = tl.minimum(tl.cdiv(far, BLOCK_N), first)
-        steps = sink_tiles + tl.maximum(tl.cdiv(high, BLOCK_N) - first, 0)
+        first, sink_tiles, steps = tile_range(low, high, far, BLOCK_N)
     else:
         steps = tl.cdiv(count, BLOCK_N)
 

@@ -6,7 +6,6 @@ import triton
 import triton.language as tl
 
 from .._triton.primitives import (
-    exp2_tile,
     gate_base,
     gate_weight,
     load_row,
@@ -14,13 +13,13 @@ from .._triton.primitives import (
     row_bounds,
     seen_by_all,
     seen_by_any,
+    tile_range,
     to_natural,
 )
 
 
 @triton.jit
-def _forward_tile(  # the arguments of forward_kernel, for one tile of queries
-    pid,
+def forward_kernel(
     Q, K, V, A, B, BOUNDS, KEY_COUNT, KEY_MAX, OUT, LSE, STATS,
     stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn,
     stride_vb, stride_vh, stride_vn, stride_ob, stride_oh, stride_on,
@@ -29,17 +28,18 @@ def _forward_tile(  # the arguments of forward_kernel, for one tile of queries
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     GATE: tl.constexpr, POWER: tl.constexpr, RENORM: tl.constexpr, P_SCALE: tl.constexpr,
     HAS_BOUNDS: tl.constexpr, HAS_COUNT: tl.constexpr, ROW_STATS: tl.constexpr, PRECISION: tl.constexpr,
-    NATURAL: tl.constexpr, THREADS: tl.constexpr, DESCRIPTORS: tl.constexpr, POLYNOMIAL: tl.constexpr,
+    NATURAL: tl.constexpr, THREADS: tl.constexpr, DESCRIPTORS: tl.constexpr,
 ):  # fmt: skip
+    """Output, lse and row statistics. Grid: (tile of queries, batch, head), flattened."""
     LOG2E: tl.constexpr = 1.4426950408889634
     LN2: tl.constexpr = 0.6931471805599453
     FOLD: tl.constexpr = GATE != 0 and RENORM and POWER == 0  # the weight joins the exponent
     MULTIPLY: tl.constexpr = GATE != 0 and not FOLD
 
     # 64-bit from here on: an offset in N x N or N x D passes 2**31 at a few dozen frames.
+    pid = tl.program_id(0)
     tiles = tl.cdiv(num_queries, BLOCK_M)
-    bh = pid // tiles
-    m0 = (pid % tiles) * BLOCK_M
+    bh, m0 = pid // tiles, (pid % tiles) * BLOCK_M
     b = bh // heads
     h = (bh % heads).to(tl.int64)
     b64 = b.to(tl.int64)
@@ -67,9 +67,7 @@ def _forward_tile(  # the arguments of forward_kernel, for one tile of queries
     if HAS_BOUNDS:
         start, end, sink = row_bounds(BOUNDS, b, offs_m, num_queries, count, bounds_stride_b)
         low, high, far, all_low, all_high, all_far = reach(start, end, sink, inside_m)
-        first = low // BLOCK_N
-        sink_tiles = tl.minimum(tl.cdiv(far, BLOCK_N), first)
-        steps = sink_tiles + tl.maximum(tl.cdiv(high, BLOCK_N) - first, 0)
+        first, sink_tiles, steps = tile_range(low, high, far, BLOCK_N)
     else:
         steps = tl.cdiv(count, BLOCK_N)
 
@@ -103,10 +101,13 @@ def _forward_tile(  # the arguments of forward_kernel, for one tile of queries
             k = tl.load(p_k + n0.to(tl.int64) * stride_kn, mask=inside_k, other=0.0)  # [BLOCK_N, BLOCK_D]
         qk = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
 
-        # Only tiles on a boundary pay for a mask.
+        # Only tiles on a boundary pay for a mask, and tiles with a score of 1, known beforehand: there a key may have
+        # weight 0, and must not raise the maximum.
         partial = n0 + BLOCK_N > count
         if HAS_BOUNDS:
             partial = partial | (not seen_by_all(n0, all_low, all_high, all_far, BLOCK_N))
+        if MULTIPLY and RENORM:
+            partial = partial | (tl.load(KEY_MAX + b * tl.cdiv(num_keys, BLOCK_N) + tile) >= 1.0)
         if partial:
             offs_n = n0 + lane_n
             if HAS_BOUNDS:
@@ -114,6 +115,9 @@ def _forward_tile(  # the arguments of forward_kernel, for one tile of queries
                 seen = (column < sink[:, None]) | ((column >= start[:, None]) & (column < end[:, None]))
             else:
                 seen = (offs_n < count)[None, :]
+            if MULTIPLY and RENORM:  # loaded again: what the branch shares with the hot path costs registers there
+                score = tl.load(B + b64 * num_keys + offs_n, mask=inside_n, other=0.0)
+                seen = seen & ((gate_base(a, score, GATE, False) > 0.0) | (qk != qk))
             qk = tl.where(seen, qk, -float("inf"))
 
         if GATE != 0:
@@ -121,9 +125,6 @@ def _forward_tile(  # the arguments of forward_kernel, for one tile of queries
             base = gate_base(a, key_score, GATE, False)
         if MULTIPLY:
             weight = gate_weight(base, strength, POWER)
-            # A key of weight 0 must not raise the maximum; such keys are in few tiles, known beforehand.
-            if RENORM and tl.load(KEY_MAX + b * tl.cdiv(num_keys, BLOCK_N) + tile) >= 1.0:
-                qk = tl.where((weight > 0.0) | (qk != qk), qk, -float("inf"))
         if FOLD:
             bias = strength * tl.log2(base)
             if NATURAL:
@@ -141,7 +142,7 @@ def _forward_tile(  # the arguments of forward_kernel, for one tile of queries
         if NATURAL:
             exponent = exponent * LOG2E
             moved = moved * LOG2E
-        p = exp2_tile(exponent, BLOCK_M, BLOCK_N, POLYNOMIAL)
+        p = tl.exp2(exponent)
         rescale = tl.exp2(moved)
         if MULTIPLY and not RENORM:
             total = total * rescale + tl.sum(p, 1)
@@ -195,39 +196,3 @@ def _forward_tile(  # the arguments of forward_kernel, for one tile of queries
         p_o + lane_m[:, None] * stride_on + offs_dv[None, :],
         out.to(OUT.dtype.element_ty), mask=inside_m[:, None] & (offs_dv < DV)[None, :],
     )  # fmt: skip
-
-
-@triton.jit
-def forward_kernel(
-    Q, K, V, A, B, BOUNDS, KEY_COUNT, KEY_MAX, OUT, LSE, STATS,
-    stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn,
-    stride_vb, stride_vh, stride_vn, stride_ob, stride_oh, stride_on,
-    bounds_stride_b, batch, heads, num_queries, num_keys, exponent_scale, strength,
-    D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    GATE: tl.constexpr, POWER: tl.constexpr, RENORM: tl.constexpr, P_SCALE: tl.constexpr,
-    HAS_BOUNDS: tl.constexpr, HAS_COUNT: tl.constexpr, ROW_STATS: tl.constexpr, PRECISION: tl.constexpr,
-    NATURAL: tl.constexpr, THREADS: tl.constexpr, DESCRIPTORS: tl.constexpr, POLYNOMIAL: tl.constexpr,
-    PERSISTENT: tl.constexpr,
-):  # fmt: skip
-    """Grid: one program per (tile of queries, batch, head), or with PERSISTENT any smaller number of them."""
-    work = tl.cdiv(num_queries, BLOCK_M) * batch * heads
-    if PERSISTENT:
-        for pid in tl.range(tl.program_id(0), work, tl.num_programs(0)):
-            _forward_tile(
-                pid,
-                Q, K, V, A, B, BOUNDS, KEY_COUNT, KEY_MAX, OUT, LSE, STATS, stride_qb, stride_qh, stride_qn,
-                stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn, stride_ob, stride_oh,
-                stride_on, bounds_stride_b, batch, heads, num_queries, num_keys, exponent_scale, strength, D,
-                DV, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N, GATE, POWER, RENORM, P_SCALE, HAS_BOUNDS, HAS_COUNT,
-                ROW_STATS, PRECISION, NATURAL, THREADS, DESCRIPTORS, POLYNOMIAL,
-            )  # fmt: skip
-    else:
-        _forward_tile(
-            tl.program_id(0),
-            Q, K, V, A, B, BOUNDS, KEY_COUNT, KEY_MAX, OUT, LSE, STATS, stride_qb, stride_qh, stride_qn,
-            stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn, stride_ob, stride_oh, stride_on,
-            bounds_stride_b, batch, heads, num_queries, num_keys, exponent_scale, strength, D, DV, BLOCK_D,
-            BLOCK_DV, BLOCK_M, BLOCK_N, GATE, POWER, RENORM, P_SCALE, HAS_BOUNDS, HAS_COUNT, ROW_STATS,
-            PRECISION, NATURAL, THREADS, DESCRIPTORS, POLYNOMIAL,
-        )  # fmt: skip

@@ -10,12 +10,10 @@ from .._operands import check_attention, expect
 from .._triton.configurations import Config, config
 from .._triton.primitives import tile_max_kernel
 from .._triton.problem import Problem, batch_stride, problem, query_reach
-from .._triton.runtime import block_dim, capability, heads_last, launch, processors, readable, strides
+from .._triton.runtime import block_dim, capability, heads_last, launch, readable, strides
 from .compaction import Kept
 from .triton_bwd import delta_kernel, grad_key_kernel, grad_query_kernel
 from .triton_fwd import forward_kernel
-
-MAX_HEAD_DIM = 256
 
 
 def forward(
@@ -50,7 +48,6 @@ def forward(
         tiles = key_max.shape[1]
         args = {"X": p.key_score, "OUT": key_max, "num_keys": num_keys, "tiles": tiles, "BLOCK_N": c.block_n}
         launch(tile_max_kernel, (tiles * batch,), args, num_warps=1)
-    work = triton.cdiv(num_queries, c.block_m) * batch * heads
     args = {
         "Q": p.q,
         "K": _descriptor(p.k, c.block_n, block_dim(dim)) if descriptors else p.k,
@@ -63,12 +60,9 @@ def forward(
         # Keeps small gated probabilities inside the range of fp16. Where the logarithm of the weight joins the
         # exponent the largest is 1 anyway.
         "P_SCALE": 2**14 if p.multiplies and q.dtype == torch.float16 else 1,
-        "DESCRIPTORS": descriptors, "PERSISTENT": c.persistent,
-        "POLYNOMIAL": c.polynomial and not p.natural,
-        **p.shared,
+        "DESCRIPTORS": descriptors, **p.shared,
     }  # fmt: skip
-    grid = min(work, processors(q.device)) if c.persistent else work
-    launch(forward_kernel, (grid,), args, **c.options)
+    launch(forward_kernel, (triton.cdiv(num_queries, c.block_m) * batch * heads,), args, **c.options)
     return out, lse, stats
 
 

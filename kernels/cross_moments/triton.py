@@ -14,6 +14,7 @@ from torch import Tensor
 
 from .._operands import expect
 from .._triton.configurations import config
+from .._triton.primitives import merge_moments
 from .._triton.runtime import capability, dot_precision, launch, processors
 
 _LARGEST_HALF = 2.0**14  # magnitude that half-precision columns are brought to: far from both ends of their range
@@ -27,7 +28,7 @@ def cross_kernel(
 ):  # fmt: skip
     """Grid: (tile of rows, batch), flattened, and a part of the columns, a multiple of BLOCK_N each.
 
-    Tiles of columns are merged by the pairwise update of moments. Y is centred, and with SPLIT given as the sum of
+    Y is centred, and with SPLIT given as the sum of
     two 16-bit tensors; the products with CENTRE, the same in every column, join the mean at the end.
     """
     pid, part = tl.program_id(0), tl.program_id(1)
@@ -56,16 +57,7 @@ def cross_kernel(
             if SPLIT:
                 low = tl.load(LOW + p_y + k0, mask=inside_n[:, None] & inside_k, other=0.0)
                 s = tl.dot(x, tl.trans(low), s)
-        columns = tl.minimum(left, BLOCK_N).to(tl.float32)
-        tile_mean = tl.sum(s, 1) / columns  # columns past the end are 0
-        deviation = s - tile_mean[:, None]
-        if left < BLOCK_N:
-            deviation = tl.where(inside_n[None, :], deviation, 0.0)
-        step = tile_mean - mean
-        total = count + columns
-        mean += step * (columns / total)
-        m2 += tl.sum(deviation * deviation, 1) + step * step * (count * columns / total)
-        count = total
+        count, mean, m2 = merge_moments(count, mean, m2, s, left, lane_n, BLOCK_N)
 
     offset = tl.zeros([BLOCK_M], tl.float32)
     for k0 in range(0, features, BLOCK_K):

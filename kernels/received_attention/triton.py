@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .._operands import check_attention, expect
 from .._triton.configurations import config
-from .._triton.primitives import gate_base, load_row, probability, query_tiles, row_lse, seen_by_all
+from .._triton.primitives import gate_base, load_row, merge_moments, probability, query_tiles, row_lse, seen_by_all
 from .._triton.problem import problem, query_reach
 from .._triton.runtime import block_dim, capability, launch, strides
 
@@ -23,8 +23,7 @@ def received_kernel(
     GATE: tl.constexpr, POWER: tl.constexpr, HAS_BOUNDS: tl.constexpr, PRECISION: tl.constexpr,
     NATURAL: tl.constexpr,
 ):  # fmt: skip
-    """Grid: (tile of keys, batch, head), flattened. Tiles of queries are merged by the pairwise update of moments, so
-    that the variance of nearly uniform attention does not cancel."""
+    """Grid: (tile of keys, batch, head), flattened."""
     pid = tl.program_id(0)
     key_tiles = tl.cdiv(num_keys, BLOCK_N)
     bh, n0 = pid // key_tiles, (pid % key_tiles) * BLOCK_N
@@ -86,16 +85,7 @@ def received_kernel(
         else:
             base = 1.0
         p, _ = probability(x, base, strength, GATE, POWER, True, NATURAL)
-        rows = tl.minimum(left, BLOCK_M).to(tl.float32)
-        tile_mean = tl.sum(p, 1) / rows
-        deviation = p - tile_mean[:, None]
-        if left < BLOCK_M:
-            deviation = tl.where(inside_m[None, :], deviation, 0.0)
-        step = tile_mean - mean
-        total = count + rows
-        mean += step * (rows / total)
-        m2 += tl.sum(deviation * deviation, 1) + step * step * (count * rows / total)
-        count = total
+        count, mean, m2 = merge_moments(count, mean, m2, p, left, lane_m, BLOCK_M)
     # The queries of the tiles that were skipped count with probability 0.
     everyone = num_queries * 1.0
     m2 += mean * mean * (count * (everyone - count) / everyone)

@@ -183,26 +183,9 @@ def test_a_gate_on_keys_is_loaded_once_a_tile() -> None:
     assert gated.count("LDG") <= plain.count("LDG") + 12  # LDGSTS, the asynchronous load, included
 
 
-def test_half_of_the_exponentials_on_the_fma_units() -> None:
-    """The variant: half of the MUFU.EX2, and no data moved between threads for it."""
+def test_descriptors_use_the_copy_engine() -> None:
     base = triton_configs.config("forward", HOPPER, BF16, 64)
-    cubins = []
-    for polynomial in (False, True):
-        with triton_configs.override("forward", base, polynomial=polynomial):
-            (launch,) = launches(HOPPER, BF16, 64, PLAIN, ("forward_kernel",))
-        cubins.append(compile_launch(launch, HOPPER))
-    plain, shared = cubins
-    tile = base.block_m * base.block_n // (32 * base.num_warps)
-    assert plain.count("MUFU.EX2") - shared.count("MUFU.EX2") == tile // 2
-    assert shared.count("SHFL") == plain.count("SHFL")
-    assert shared.count("STS") == plain.count("STS")
-    assert shared.stack == 0
-
-
-@pytest.mark.parametrize("persistent", [False, True])
-def test_descriptors_use_the_copy_engine(persistent: bool) -> None:
-    base = triton_configs.config("forward", HOPPER, BF16, 64)
-    with triton_configs.override("forward", base, descriptors=True, persistent=persistent, num_stages=2):
+    with triton_configs.override("forward", base, descriptors=True, num_stages=2):
         (launch,) = launches(HOPPER, BF16, 64, PAIRWISE, ("forward_kernel",))
     c = compile_launch(launch, HOPPER)
     assert c.count("UTMALDG") > 0
