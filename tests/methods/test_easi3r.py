@@ -287,6 +287,14 @@ def test_the_authors_pairs_are_the_default():
         assert handle.method.pairs(6) == window_pairs(6, 2, stride=3)
 
 
+@torch.no_grad()
+def test_a_run_takes_the_authors_pairs():
+    with gate4d.patch(build(), method="easi3r", clusters=6) as handle:
+        pairs = handle.run(clip(11)).pairs
+    ahead = {(i, i + n) for i in range(11) for n in (1, 3, 5, 7, 9) if i + n < 11}
+    assert sorted(pairs) == sorted(ahead | {(j, i) for i, j in ahead})
+
+
 @pytest.mark.skipif("GATE4D_UPSTREAM_EASI3R" not in os.environ, reason="needs a checkout of Easi3R")
 def test_pairs_are_those_of_make_pairs():
     path = Path(os.environ["GATE4D_UPSTREAM_EASI3R"]) / "dust3r" / "image_pairs.py"

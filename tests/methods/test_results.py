@@ -18,6 +18,7 @@ pytest.importorskip("skimage")
 RECIPE = gate4d.GramRecipe(
     {"S": gate4d.GramMap("qq", (0, 1), "mean", inverted=True), "V": gate4d.GramMap("qk", (1,), "std")}, (-1, 1)
 )
+OPTIONS = {"vggt4d": {"recipe": RECIPE, "clusters": 6}, "more": {}}
 SIZE = (28, 42)
 
 
@@ -88,6 +89,28 @@ def test_world_points_without_depth_move_with_the_cameras(method):
     torch.testing.assert_close(
         own, pixels_of(full, torch.eye(3).double().expand(5, 3, 3))[..., 2], atol=1e-4, rtol=1e-4
     )
+
+
+@pytest.mark.parametrize("method", ["vggt4d", "more"])
+@torch.no_grad()
+def test_world_points_without_depth_are_where_the_methods_cameras_have_them(method):
+    """What the model's own camera sees at a place, the method's camera sees at the same place of its own."""
+    model = build(gives_depth=False)
+    images = torch.rand(5, 3, *SIZE, generator=torch.Generator().manual_seed(1))
+    plain = model(images[None])["pose_enc"][0].double()
+    with gate4d.patch(model, method=method, **OPTIONS[method]) as handle:
+        result = handle.run(images)
+    found = collect(result, SIZE)
+    if method == "more":
+        said = torch.cat([p["world_points"][0] for p in result.predictions]).double()
+        own = torch.cat([p["pose_enc"][0] for p in result.predictions]).double()
+    else:  # the points are of the first pass, which is the plain model
+        said, own = result.predictions["world_points"][0].double(), plain
+    assert (own - (result.cameras if method == "more" else result.predictions["pose_enc"])[0]).abs().max() > 1e-3
+    seen = torch.einsum("tij,thwj->thwi", decode_pose(own, *SIZE)[0], torch.nn.functional.pad(said, (0, 1), value=1.0))
+    expected = torch.einsum("tij,thwj->thwi", found.poses, seen)[..., :3]
+    torch.testing.assert_close(found.points.double(), expected, atol=1e-5, rtol=1e-5)
+    assert (found.points - said).abs().max() > 1e-2
 
 
 @torch.no_grad()

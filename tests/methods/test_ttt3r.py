@@ -177,6 +177,26 @@ def test_a_run_holds_one_state_and_what_it_is_told_to_keep():
             gate4d.patch(model, method="ttt3r", keep=bad)
 
 
+@pytest.mark.parametrize("method", ["ttt3r", "mut3r"])
+@torch.no_grad()
+def test_states_of_past_frames_are_let_go_while_it_runs(method):
+    """By default, too: only what is returned may grow with the frames."""
+    model, held = factories.dense_cut3r(), {}
+    earlier = {id(x): x for x in gc.get_objects()}  # kept, so that no id is given away again
+
+    def frames():
+        for n in range(40):
+            if n in (10, 39):
+                alive = (x for x in gc.get_objects() if type(x) is torch.Tensor and id(x) not in earlier)
+                held[n] = {(x.data_ptr(), x.shape) for x in alive}
+            yield torch.rand(1, 3, 32, 48)
+
+    with gate4d.patch(model, method=method) as handle:
+        shape = handle.run(frames()).state.shape
+    states = {n: sum(x == shape for _, x in tensors) for n, tensors in held.items()}
+    assert states[39] <= states[10] <= 4  # before, after, and the first
+
+
 @torch.no_grad()
 def test_the_models_own_loop_follows_and_undo_is_exact():
     model, images = croco.cut3r_steps(), clip(3)
