@@ -101,6 +101,8 @@ def forward_kernel(
             k = tl.load(p_k + n0.to(tl.int64) * stride_kn, mask=inside_k, other=0.0)  # [BLOCK_N, BLOCK_D]
         qk = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
 
+        if GATE != 0:
+            key_score = load_row(B + b64 * num_keys + n0, count - n0, BLOCK_N, THREADS)  # [BLOCK_N]
         # Only tiles on a boundary pay for a mask, and tiles with a score of 1, known beforehand: there a key may have
         # weight 0, and must not raise the maximum.
         partial = n0 + BLOCK_N > count
@@ -115,13 +117,11 @@ def forward_kernel(
                 seen = (column < sink[:, None]) | ((column >= start[:, None]) & (column < end[:, None]))
             else:
                 seen = (offs_n < count)[None, :]
-            if MULTIPLY and RENORM:  # loaded again: what the branch shares with the hot path costs registers there
-                score = tl.load(B + b64 * num_keys + offs_n, mask=inside_n, other=0.0)
-                seen = seen & ((gate_base(a, score, GATE, False) > 0.0) | (qk != qk))
+            if MULTIPLY and RENORM:
+                seen = seen & ((gate_base(a, key_score, GATE, False) > 0.0) | (qk != qk))
             qk = tl.where(seen, qk, -float("inf"))
 
         if GATE != 0:
-            key_score = load_row(B + b64 * num_keys + n0, count - n0, BLOCK_N, THREADS)
             base = gate_base(a, key_score, GATE, False)
         if MULTIPLY:
             weight = gate_weight(base, strength, POWER)
