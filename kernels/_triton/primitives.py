@@ -152,38 +152,44 @@ def row_bounds(BOUNDS, b, offs_m, num_queries, num_keys, bounds_stride_b):
 
 
 @triton.jit
+def sees(key, start, end, sink):
+    """Whether rows with these bounds see the keys: the one formula of visibility on a GPU, sink prefix included."""
+    return (key < sink) | ((key >= start) & (key < end))
+
+
+@triton.jit
 def reach(start, end, sink, inside):
     """Of a tile of rows: smallest start, largest end, largest sink of what any row sees; largest start,
     smallest end, smallest sink of what all rows see."""
     some = inside & (end > start)
-    low = tl.min(tl.where(some, start, _NONE), 0)
-    high = tl.max(tl.where(some, end, 0), 0)
-    far = tl.max(tl.where(inside, sink, 0), 0)
-    all_low = tl.max(tl.where(inside, start, 0), 0)
-    all_high = tl.min(tl.where(inside, end, _NONE), 0)
-    all_far = tl.min(tl.where(inside, sink, _NONE), 0)
-    return low, high, far, all_low, all_high, all_far
+    start_min = tl.min(tl.where(some, start, _NONE), 0)
+    end_max = tl.max(tl.where(some, end, 0), 0)
+    sink_max = tl.max(tl.where(inside, sink, 0), 0)
+    start_max = tl.max(tl.where(inside, start, 0), 0)
+    end_min = tl.min(tl.where(inside, end, _NONE), 0)
+    sink_min = tl.min(tl.where(inside, sink, _NONE), 0)
+    return start_min, end_max, sink_max, start_max, end_min, sink_min
 
 
 @triton.jit
-def tile_range(low, high, far, BLOCK_N: tl.constexpr):
+def tile_range(start_min, end_max, sink_max, BLOCK_N: tl.constexpr):
     """The tiles of keys that some row sees, as a loop over ``steps``: those of the sinks, then from ``first`` on."""
-    first = low // BLOCK_N
-    sink_tiles = tl.minimum(tl.cdiv(far, BLOCK_N), first)
-    steps = sink_tiles + tl.maximum(tl.cdiv(high, BLOCK_N) - first, 0)
+    first = start_min // BLOCK_N
+    sink_tiles = tl.minimum(tl.cdiv(sink_max, BLOCK_N), first)
+    steps = sink_tiles + tl.maximum(tl.cdiv(end_max, BLOCK_N) - first, 0)
     return first, sink_tiles, steps
 
 
 @triton.jit
-def seen_by_all(n0, all_low, all_high, all_far, BLOCK_N: tl.constexpr):
+def seen_by_all(n0, start_max, end_min, sink_min, BLOCK_N: tl.constexpr):
     """Whether every row sees every key of ``[n0, n0 + BLOCK_N)``."""
-    return ((n0 >= all_low) & (n0 + BLOCK_N <= all_high)) | (n0 + BLOCK_N <= all_far)
+    return ((n0 >= start_max) & (n0 + BLOCK_N <= end_min)) | (n0 + BLOCK_N <= sink_min)
 
 
 @triton.jit
-def seen_by_any(offs, low, high, far):
+def seen_by_any(offs, start_min, end_max, sink_max):
     """Which keys the interval and the sinks of some row may hold. The others are not loaded: 0 times a NaN is NaN."""
-    return ((offs >= low) & (offs < high)) | (offs < far)
+    return ((offs >= start_min) & (offs < end_max)) | (offs < sink_max)
 
 
 @triton.jit
@@ -193,14 +199,14 @@ def reach_kernel(BOUNDS, REACH, num_queries, num_keys, bounds_stride_b, tiles, B
     tile, b = tl.program_id(0) % tiles, tl.program_id(0) // tiles
     offs_m = tile * BLOCK_M + tl.arange(0, BLOCK_M)
     start, end, sink = row_bounds(BOUNDS, b, offs_m, num_queries, num_keys, bounds_stride_b)
-    low, high, far, all_low, all_high, all_far = reach(start, end, sink, offs_m < num_queries)
+    start_min, end_max, sink_max, start_max, end_min, sink_min = reach(start, end, sink, offs_m < num_queries)
     out = REACH + b.to(tl.int64) * 6 * tiles + tile
-    tl.store(out, low)
-    tl.store(out + tiles, high)
-    tl.store(out + 2 * tiles, far)
-    tl.store(out + 3 * tiles, all_low)
-    tl.store(out + 4 * tiles, all_high)
-    tl.store(out + 5 * tiles, all_far)
+    tl.store(out, start_min)
+    tl.store(out + tiles, end_max)
+    tl.store(out + 2 * tiles, sink_max)
+    tl.store(out + 3 * tiles, start_max)
+    tl.store(out + 4 * tiles, end_min)
+    tl.store(out + 5 * tiles, sink_min)
 
 
 @triton.jit
@@ -211,10 +217,10 @@ def query_tiles(REACH, n0, tiles, BLOCK_N: tl.constexpr, CHUNK: tl.constexpr):
     for c in range(0, tiles, CHUNK):
         index = c + tl.arange(0, CHUNK)
         inside = index < tiles
-        low = tl.load(REACH + index, mask=inside, other=_NONE)
-        high = tl.load(REACH + tiles + index, mask=inside, other=0)
-        far = tl.load(REACH + 2 * tiles + index, mask=inside, other=0)
-        hit = ((low < n0 + BLOCK_N) & (high > n0)) | (far > n0)
+        start_min = tl.load(REACH + index, mask=inside, other=_NONE)
+        end_max = tl.load(REACH + tiles + index, mask=inside, other=0)
+        sink_max = tl.load(REACH + 2 * tiles + index, mask=inside, other=0)
+        hit = ((start_min < n0 + BLOCK_N) & (end_max > n0)) | (sink_max > n0)
         first = tl.minimum(first, tl.min(tl.where(hit, index, tiles), 0))
         last = tl.maximum(last, tl.max(tl.where(hit, index + 1, 0), 0))
     return first, last

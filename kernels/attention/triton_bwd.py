@@ -23,6 +23,7 @@ from .._triton.primitives import (
     row_lse,
     seen_by_all,
     seen_by_any,
+    sees,
     tile_range,
 )
 
@@ -122,8 +123,8 @@ def grad_query_kernel(
         count = num_keys
     if HAS_BOUNDS:
         start, end, sink = row_bounds(BOUNDS, b, offs_m, num_queries, count, bounds_stride_b)
-        low, high, far, all_low, all_high, all_far = reach(start, end, sink, inside_m)
-        first, sink_tiles, steps = tile_range(low, high, far, BLOCK_N)
+        start_min, end_max, sink_max, start_max, end_min, sink_min = reach(start, end, sink, inside_m)
+        first, sink_tiles, steps = tile_range(start_min, end_max, sink_max, BLOCK_N)
     else:
         steps = tl.cdiv(count, BLOCK_N)
 
@@ -139,18 +140,19 @@ def grad_query_kernel(
         offs_n = n0 + lane_n
         inside_n = offs_n < count
         if HAS_BOUNDS:
-            inside_n = inside_n & seen_by_any(offs_n, low, high, far)
-        k = tl.load(p_k + n0.to(tl.int64) * stride_kn, mask=inside_n[:, None] & inside_d, other=0.0)
-        v = tl.load(p_v + n0.to(tl.int64) * stride_vn, mask=inside_n[:, None] & inside_dv, other=0.0)
+            inside_n = inside_n & seen_by_any(offs_n, start_min, end_max, sink_max)
+        inside_k, inside_v = inside_n[:, None] & inside_d, inside_n[:, None] & inside_dv
+        k = tl.load(p_k + n0.to(tl.int64) * stride_kn, mask=inside_k, other=0.0)  # [BLOCK_N, BLOCK_D]
+        v = tl.load(p_v + n0.to(tl.int64) * stride_vn, mask=inside_v, other=0.0)  # [BLOCK_N, BLOCK_DV]
         x = tl.dot(q, tl.trans(k), input_precision=PRECISION) * exponent_scale - lse[:, None]  # [BLOCK_M, BLOCK_N]
-        dp = tl.dot(grad_out, tl.trans(v), input_precision=PRECISION)
+        dp = tl.dot(grad_out, tl.trans(v), input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
         partial = n0 + BLOCK_N > count
         if HAS_BOUNDS:
-            partial = partial | (not seen_by_all(n0, all_low, all_high, all_far, BLOCK_N))
+            partial = partial | (not seen_by_all(n0, start_max, end_min, sink_min, BLOCK_N))
         if partial:
             if HAS_BOUNDS:
                 column = offs_n[None, :]
-                seen = (column < sink[:, None]) | ((column >= start[:, None]) & (column < end[:, None]))
+                seen = sees(column, start[:, None], end[:, None], sink[:, None])
             else:
                 seen = inside_n[None, :]
             x = tl.where(seen, x, -float("inf"))
@@ -160,7 +162,7 @@ def grad_query_kernel(
         else:
             base = 1.0
         p, e = probability(x, base, strength, GATE, POWER, RENORM, NATURAL)
-        ds = _grad_scores(p, e, dp, delta[:, None], GATE, RENORM)
+        ds = _grad_scores(p, e, dp, delta[:, None], GATE, RENORM)  # [BLOCK_M, BLOCK_N]
         if GATE == 2 and SCORE_GRADS:
             grad_ab = _grad_product(p, e, dp, delta[:, None], base, strength, POWER, RENORM)
         if HAS_BOUNDS:
@@ -238,20 +240,21 @@ def grad_key_kernel(
         m0 = tile * BLOCK_M
         offs_m = m0 + lane_m
         inside_m = offs_m < num_queries
-        q = tl.load(p_q + m0.to(tl.int64) * stride_qn, mask=inside_m[:, None] & inside_d, other=0.0)
-        grad_out = tl.load(p_g + m0.to(tl.int64) * stride_gn, mask=inside_m[:, None] & inside_dv, other=0.0)
+        inside_q, inside_g = inside_m[:, None] & inside_d, inside_m[:, None] & inside_dv
+        q = tl.load(p_q + m0.to(tl.int64) * stride_qn, mask=inside_q, other=0.0)  # [BLOCK_M, BLOCK_D]
+        grad_out = tl.load(p_g + m0.to(tl.int64) * stride_gn, mask=inside_g, other=0.0)  # [BLOCK_M, BLOCK_DV]
         # Rows past the end are zeros in q and grad_out, and so in every product.
         left = num_queries - m0
-        lse = row_lse(load_row(LSE + p_row + m0, left, BLOCK_M, THREADS), NATURAL)
-        delta = load_row(DELTA + p_row + m0, left, BLOCK_M, THREADS)
+        lse = row_lse(load_row(LSE + p_row + m0, left, BLOCK_M, THREADS), NATURAL)  # [BLOCK_M]
+        delta = load_row(DELTA + p_row + m0, left, BLOCK_M, THREADS)  # [BLOCK_M]
         x = tl.dot(k, tl.trans(q), input_precision=PRECISION) * exponent_scale - lse[None, :]  # [BLOCK_N, BLOCK_M]
-        dp = tl.dot(v, tl.trans(grad_out), input_precision=PRECISION)
+        dp = tl.dot(v, tl.trans(grad_out), input_precision=PRECISION)  # [BLOCK_N, BLOCK_M]
         partial = n0 + BLOCK_N > count
         if HAS_BOUNDS:
-            all_low = tl.load(p_reach + 3 * tiles + tile)
-            all_high = tl.load(p_reach + 4 * tiles + tile)
-            all_far = tl.load(p_reach + 5 * tiles + tile)
-            partial = partial | (not seen_by_all(n0, all_low, all_high, all_far, BLOCK_N))
+            start_max = tl.load(p_reach + 3 * tiles + tile)
+            end_min = tl.load(p_reach + 4 * tiles + tile)
+            sink_min = tl.load(p_reach + 5 * tiles + tile)
+            partial = partial | (not seen_by_all(n0, start_max, end_min, sink_min, BLOCK_N))
         if partial:
             seen = inside_n[:, None]
             if HAS_BOUNDS:
@@ -260,7 +263,7 @@ def grad_key_kernel(
                 end = load_row(p_bounds + num_queries, left, BLOCK_M, THREADS)
                 sink = load_row(p_bounds + 2 * num_queries, left, BLOCK_M, THREADS)
                 key = offs_n[:, None]
-                visible = (key < sink[None, :]) | ((key >= start[None, :]) & (key < end[None, :]))
+                visible = sees(key, start[None, :], end[None, :], sink[None, :])
                 seen = seen & visible
             x = tl.where(seen, x, -float("inf"))
         if GATE == 2:
@@ -272,7 +275,7 @@ def grad_key_kernel(
         else:
             base = 1.0
         p, e = probability(x, base, strength, GATE, POWER, RENORM, NATURAL)
-        ds = _grad_scores(p, e, dp, delta[None, :], GATE, RENORM)
+        ds = _grad_scores(p, e, dp, delta[None, :], GATE, RENORM)  # [BLOCK_N, BLOCK_M]
         if GATE != 0 and SCORE_GRADS:
             grad_ab = _grad_product(p, e, dp, delta[None, :], base, strength, POWER, RENORM)
         if HAS_BOUNDS:

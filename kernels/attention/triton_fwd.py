@@ -13,6 +13,7 @@ from .._triton.primitives import (
     row_bounds,
     seen_by_all,
     seen_by_any,
+    sees,
     tile_range,
     to_natural,
 )
@@ -66,8 +67,8 @@ def forward_kernel(
         count = num_keys
     if HAS_BOUNDS:
         start, end, sink = row_bounds(BOUNDS, b, offs_m, num_queries, count, bounds_stride_b)
-        low, high, far, all_low, all_high, all_far = reach(start, end, sink, inside_m)
-        first, sink_tiles, steps = tile_range(low, high, far, BLOCK_N)
+        start_min, end_max, sink_max, start_max, end_min, sink_min = reach(start, end, sink, inside_m)
+        first, sink_tiles, steps = tile_range(start_min, end_max, sink_max, BLOCK_N)
     else:
         steps = tl.cdiv(count, BLOCK_N)
 
@@ -91,7 +92,7 @@ def forward_kernel(
         n0 = tile * BLOCK_N
         inside_n = n0 + lane_n < count
         if HAS_BOUNDS:
-            inside_n = inside_n & seen_by_any(n0 + lane_n, low, high, far)
+            inside_n = inside_n & seen_by_any(n0 + lane_n, start_min, end_max, sink_max)
         if DESCRIPTORS:
             k = K.load([b, bh % heads, n0, 0]).reshape([BLOCK_N, BLOCK_D])
         else:
@@ -107,14 +108,14 @@ def forward_kernel(
         # weight 0, and must not raise the maximum.
         partial = n0 + BLOCK_N > count
         if HAS_BOUNDS:
-            partial = partial | (not seen_by_all(n0, all_low, all_high, all_far, BLOCK_N))
+            partial = partial | (not seen_by_all(n0, start_max, end_min, sink_min, BLOCK_N))
         if MULTIPLY and RENORM:
             partial = partial | (tl.load(KEY_MAX + b * tl.cdiv(num_keys, BLOCK_N) + tile) >= 1.0)
         if partial:
             offs_n = n0 + lane_n
             if HAS_BOUNDS:
                 column = offs_n[None, :]
-                seen = (column < sink[:, None]) | ((column >= start[:, None]) & (column < end[:, None]))
+                seen = sees(column, start[:, None], end[:, None], sink[:, None])
             else:
                 seen = (offs_n < count)[None, :]
             if MULTIPLY and RENORM:
@@ -122,7 +123,7 @@ def forward_kernel(
             qk = tl.where(seen, qk, -float("inf"))
 
         if GATE != 0:
-            base = gate_base(a, key_score, GATE, False)
+            base = gate_base(a, key_score, GATE, False)  # [BLOCK_M or 1, BLOCK_N]
         if MULTIPLY:
             weight = gate_weight(base, strength, POWER)
         if FOLD:
@@ -142,7 +143,7 @@ def forward_kernel(
         if NATURAL:
             exponent = exponent * LOG2E
             moved = moved * LOG2E
-        p = tl.exp2(exponent)
+        p = tl.exp2(exponent)  # [BLOCK_M, BLOCK_N]
         rescale = tl.exp2(moved)
         if MULTIPLY and not RENORM:
             total = total * rescale + tl.sum(p, 1)

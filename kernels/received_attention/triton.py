@@ -9,7 +9,16 @@ from torch import Tensor
 
 from .._operands import check_attention, expect
 from .._triton.configurations import config
-from .._triton.primitives import gate_base, load_row, merge_moments, probability, query_tiles, row_lse, seen_by_all
+from .._triton.primitives import (
+    gate_base,
+    load_row,
+    merge_moments,
+    probability,
+    query_tiles,
+    row_lse,
+    seen_by_all,
+    sees,
+)
 from .._triton.problem import problem, query_reach
 from .._triton.runtime import block_dim, capability, launch, strides
 
@@ -57,15 +66,16 @@ def received_kernel(
         m0 = tile * BLOCK_M
         left = num_queries - m0
         inside_m = lane_m < left
-        q = tl.load(p_q + m0.to(tl.int64) * stride_qn, mask=inside_m[:, None] & inside_d, other=0.0)
+        inside_q = inside_m[:, None] & inside_d
+        q = tl.load(p_q + m0.to(tl.int64) * stride_qn, mask=inside_q, other=0.0)  # [BLOCK_M, BLOCK_D]
         lse = row_lse(load_row(LSE + p_row + m0, left, BLOCK_M, THREADS), NATURAL)
         x = tl.dot(k, tl.trans(q), input_precision=PRECISION) * exponent_scale - lse[None, :]  # [BLOCK_N, BLOCK_M]
         partial = left < BLOCK_M
         if HAS_BOUNDS:
-            all_low = tl.load(p_reach + 3 * tiles + tile)
-            all_high = tl.load(p_reach + 4 * tiles + tile)
-            all_far = tl.load(p_reach + 5 * tiles + tile)
-            partial = partial | (not seen_by_all(n0, all_low, all_high, all_far, BLOCK_N))
+            start_max = tl.load(p_reach + 3 * tiles + tile)
+            end_min = tl.load(p_reach + 4 * tiles + tile)
+            sink_min = tl.load(p_reach + 5 * tiles + tile)
+            partial = partial | (not seen_by_all(n0, start_max, end_min, sink_min, BLOCK_N))
         if partial:
             seen = inside_m[None, :]
             if HAS_BOUNDS:
@@ -74,7 +84,7 @@ def received_kernel(
                 end = load_row(p_bounds + num_queries, left, BLOCK_M, THREADS)[None, :]
                 sink = load_row(p_bounds + 2 * num_queries, left, BLOCK_M, THREADS)[None, :]
                 key = offs_n[:, None]
-                seen = seen & ((key < sink) | ((key >= start) & (key < end)))
+                seen = seen & sees(key, start, end, sink)
             x = tl.where(seen, x, -float("inf"))
         if GATE == 2:
             a = load_row(A + b64 * num_queries + m0, left, BLOCK_M, THREADS)
@@ -84,7 +94,7 @@ def received_kernel(
             base = gate_base(a, key_score, GATE, True)
         else:
             base = 1.0
-        p, _ = probability(x, base, strength, GATE, POWER, True, NATURAL)
+        p, _ = probability(x, base, strength, GATE, POWER, True, NATURAL)  # [BLOCK_N, BLOCK_M]
         count, mean, m2 = merge_moments(count, mean, m2, p, left, lane_m, BLOCK_M)
     # The queries of the tiles that were skipped count with probability 0.
     everyone = num_queries * 1.0
