@@ -1,4 +1,5 @@
-"""The two rules by which a ratio of times is taken; every ratio that is reported follows one of them.
+"""The two rules by which a ratio of times is taken; every one that is reported follows one of them. Bytes are divided
+where they are counted, in :mod:`..rows`.
 
 - Paired: implementations took turns in one process. Each round gives a ratio, and the median of those counts: a slow
   drift of the clock frequency or of the load cancels within a round.

@@ -53,6 +53,7 @@ class Vggt4dSelf(PatchedAttention):
     """VGGT4D's attention: keys and values of dynamic patches are dropped in layers 0 to 4; returns ``(x, q, k)``.
 
     ``dyn_masks`` is bool ``[B, frames, patches]``, True = dynamic; the special tokens of a frame are never dropped.
+    This is the authors' own fork, which gates by itself; :mod:`gate4d.methods.vggt4d` has the two passes on plain VGGT.
     """
 
     family = "vggt4d"

@@ -84,7 +84,9 @@ class Vggt4d(ClipMethod):
         refine_options: Mapping[str, Any] | None = None,
         geometry: Geometry | None = None,
     ):
-        require_family("vggt4d", table.select("global") or table, "vggt")  # a copy's camera head is VGGT's
+        require_family(
+            "vggt4d", table.select("global") or table, "vggt"
+        )  # family vggt4d, the authors' fork, gates by itself
         self.aggregator = getattr(model, "aggregator", model)
         require_parts("vggt4d", self.aggregator, ("patch_embed", "patch_start_idx", "patch_size"))
         if isinstance(recipe, str) and recipe not in RECIPES:

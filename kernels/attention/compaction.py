@@ -47,7 +47,7 @@ class Kept(NamedTuple):
         return out.scatter_(2, self.order[:, None, :, None].expand_as(x), x)
 
     def bounds(self, bounds: Tensor) -> Tensor:
-        """Interval bounds ``[1 or B, 3, Nq]`` in terms of the kept keys, ``[B, 3, Nq]``."""
+        """Bounds (start, end, sink_end) ``[1 or B, 3, Nq]`` as positions among the kept keys, ``[B, 3, Nq]``."""
         batch, num_keys = self.order.shape
         index = bounds.clamp(max=num_keys).to(torch.int64).expand(batch, -1, -1)
         return self.before.gather(1, index.flatten(1)).view_as(index).to(torch.int32)
