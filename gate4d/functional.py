@@ -167,12 +167,11 @@ def _prepare(
         dtype=dtype,
         head_dim=head_dim,
         value_dim=value_dim,
-        gate=_kind(g),
+        gate="" if gate is None else _kind(g),
         masked=bounds is not None,
         aux=return_aux,
         renormalize=g.renormalize,
-        learned=torch.is_grad_enabled()
-        and any(x is not None and x.requires_grad for x in (g.query_score, g.key_score)),
+        learned=gate is not None and torch.is_grad_enabled() and _is_learned(g),
         device_index=device.index,
     )
     call = Call(
@@ -205,9 +204,15 @@ def refuse_context_parallel() -> None:
         )
 
 
+def _is_learned(gate: MotionGate) -> bool:
+    return any(x is not None and x.requires_grad for x in (gate.query_score, gate.key_score))
+
+
 def _kind(gate: MotionGate) -> str:
     score = "" if gate.key_score is None else "keys" if gate.query_score is None else "pairwise"
-    return "+".join(part for part in ("drop" if gate.dropped_keys is not None else "", score) if part)
+    if gate.dropped_keys is None:
+        return score
+    return f"drop+{score}" if score else "drop"
 
 
 def _check_row_stats(row_stats: Sequence[str], return_aux: bool) -> None:

@@ -173,7 +173,12 @@ def attention(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The registered operator, with autograd where a gradient can be asked for."""
     args = (q, k, v, query_score, key_score, dropped_keys, bounds, scale, strength, renormalize, row_stats)
-    if torch.is_grad_enabled() and (any(x is not None and x.requires_grad for x in args[:5]) or _is_transformed()):
+    if torch.is_grad_enabled() and (
+        q.requires_grad or k.requires_grad or v.requires_grad  # no generator: it costs as much as the checks
+        or (query_score is not None and query_score.requires_grad)
+        or (key_score is not None and key_score.requires_grad)
+        or _is_transformed()
+    ):  # fmt: skip
         return _Attention.apply(*args)
     return torch.ops.gate4d.attention_forward(*args)
 
