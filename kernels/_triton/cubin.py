@@ -70,6 +70,20 @@ def compile_launch(launch: Launch, capability: tuple[int, int]) -> Cubin:
     )  # fmt: skip
 
 
+def machine_code(launch: Launch, capability: tuple[int, int]) -> tuple[str, str]:
+    """The machine code of a launch as text, and what the assembler says about its performance."""
+    source, target, options = _source(launch, capability)
+    compiled = triton.compile(source, target=target, options=options)
+    with tempfile.TemporaryDirectory() as folder:
+        cubin, ptx = Path(folder) / "kernel.cubin", Path(folder) / "kernel.ptx"
+        cubin.write_bytes(compiled.asm["cubin"])
+        ptx.write_text(compiled.asm["ptx"])
+        arch = f"sm_{capability[0]}{capability[1]}{'a' if capability >= (9, 0) else ''}"
+        command = [str(_TOOLS / "ptxas"), "-v", f"--gpu-name={arch}", str(ptx), "-o", f"{folder}/again.cubin"]
+        said = subprocess.run(command, check=True, capture_output=True, text=True).stderr
+        return _run("cuobjdump", "--dump-sass", str(cubin)), said
+
+
 def identity(launch: Launch, capability: tuple[int, int]) -> str:
     """What :func:`compile_launch` depends on, as one hash: two launches that share it share their machine code."""
     source, target, options = _source(launch, capability)
