@@ -13,7 +13,7 @@ from .checks import check_gate, check_qkv, check_scale, check_visible, score_for
 from .gates import MotionGate
 from .kernels.attention.backends import explain as backend_reasons
 from .kernels.attention.backends import select
-from .kernels.attention.op import Call, Request
+from .kernels.attention.op import Call, Request, power_class
 from .visibility import Visibility
 
 ROW_STATS = ("entropy", "max_prob", "sum_sq")
@@ -137,7 +137,7 @@ def explain(
         ValueError, TypeError: an argument does not fit, as in the call itself.
     """
     _, request, _ = _prepare(q, k, v, gate, visible, None, row_stats, return_aux)
-    return f"auto takes {select('auto', request).name}:\n{backend_reasons(request)}"
+    return f"auto takes {select('auto', request, trying=False).name}:\n{backend_reasons(request)}"
 
 
 def _prepare(
@@ -174,6 +174,12 @@ def _prepare(
         learned=gate is not None and torch.is_grad_enabled() and _is_learned(g),
         device_index=device.index,
     )
+    if device.type != "cpu" and not torch.compiler.is_compiling():
+        request = request._replace(
+            power=power_class(g.strength) if g.key_score is not None else 1.0,
+            row_stats=bool(row_stats),
+            grad=request.learned or (torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))),
+        )
     call = Call(
         q=q,
         k=k,

@@ -15,9 +15,14 @@ import torch
 
 from ._constants import kept
 from ._library import cuda_library_error, kernel_error, library_error
+from ._verify import Trial, Verdict, recorded, report
+from ._verify import directory as verdicts_directory
+from ._verify import mode as verify_mode
 
 __all__ = [
     "Backend",
+    "Trial",
+    "Verdict",
     "choose",
     "cpu_reasons",
     "cuda_library_error",
@@ -25,7 +30,12 @@ __all__ = [
     "explain",
     "kept",
     "library_error",
+    "passes",
+    "recorded",
+    "report",
     "triton_reasons",
+    "verdicts_directory",
+    "verify_mode",
 ]
 
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -34,14 +44,24 @@ MAX_HEAD_DIM = 256
 
 @dataclass(frozen=True)
 class Backend:
-    """One implementation of an operator; ``run`` is called with what the operator's table says."""
+    """One implementation of an operator; ``run`` is called with what the operator's table says. With a ``trial`` it
+    serves a request only once it has computed a tiny problem of that kind right."""
 
     name: str
     not_supported_reasons: Callable[[Any], list[str]]
     run: Callable[..., Any]
+    trial: Trial | None = None
+
+    def failure(self, request: Any, *, trying: bool) -> str | None:
+        """What is wrong with its results; None if nothing is known. ``trying`` finds out where it can be."""
+        if self.trial is None or torch.compiler.is_compiling():
+            return None
+        return self.trial.failure(request, trying=trying)
 
 
-def choose(table: Mapping[str, Backend], order: Sequence[str], name: str, request: Any) -> Backend:
+def choose(
+    table: Mapping[str, Backend], order: Sequence[str], name: str, request: Any, *, trying: bool = True
+) -> Backend:
     """The implementation of a table for a request.
 
     Args:
@@ -49,27 +69,61 @@ def choose(table: Mapping[str, Backend], order: Sequence[str], name: str, reques
         order: the names that ``"auto"`` tries.
         name: ``"auto"`` or a name of the table.
         request: what the table's reasons are asked about.
+        trying: whether an implementation that was never tried on this device is tried now.
 
     Raises:
         ValueError: ``name`` is not in the table.
         NotImplementedError: nothing, or not the one named, can serve the request; lists every reason.
+        RuntimeError: one that would serve fails its check, and ``GATE4D_VERIFY`` is ``strict``.
     """
     if name == "auto":
+        failed: dict[str, str] = {}
         for candidate in order:
-            if not table[candidate].not_supported_reasons(request):
-                return table[candidate]
+            backend = table[candidate]
+            if backend.not_supported_reasons(request):
+                continue
+            failure = backend.failure(request, trying=trying)
+            if failure is None:
+                if trying:
+                    _report_all(table, failed, f"backend {candidate!r}")
+                return backend
+            failed[candidate] = failure
+        if trying:
+            _report_all(table, failed, "nothing")
     elif name not in table:
         raise ValueError(f"backend must be 'auto' or one of {list(table)}, got {name!r}.")
     elif not table[name].not_supported_reasons(request):
-        return table[name]
+        backend = table[name]
+        failure = backend.failure(request, trying=trying)
+        if failure is None:
+            return backend
+        if verify_mode() == "strict":
+            _report_all(table, {name: failure}, "nothing")
     raise NotImplementedError(f"backend={name!r} cannot serve this call:\n{explain(table, request)}")
 
 
+def _report_all(table: Mapping[str, Backend], failed: Mapping[str, str], instead: str) -> None:
+    for name, failure in failed.items():
+        trial = table[name].trial
+        assert trial is not None, "only a trial fails"
+        report(trial.operator, failure, instead)
+
+
+def passes(trial: Trial, request: Any, instead: str) -> bool:
+    """Whether a kernel outside of a table may serve a request, or ``instead`` does; said once where it fails."""
+    if torch.compiler.is_compiling() or (failure := trial.failure(request, trying=True)) is None:
+        return True
+    report(trial.operator, failure, instead)
+    return False
+
+
 def explain(table: Mapping[str, Backend], request: Any) -> str:
-    """One line per implementation: that it can serve the request, or every reason why not."""
+    """One line per implementation: that it can serve the request, or every reason why not. Nothing is tried."""
     lines = []
     for name, backend in table.items():
         reasons = backend.not_supported_reasons(request)
+        if not reasons and (failure := backend.failure(request, trying=False)) is not None:
+            reasons = [failure]
         lines.append(f"  {name}: " + ("; ".join(reasons) if reasons else "can run"))
     return "\n".join(lines)
 

@@ -25,6 +25,14 @@ def _seed() -> None:
     torch.manual_seed(0)
 
 
+@pytest.fixture(autouse=True, scope="session")
+def _own_cache_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Verdicts on kernels, right or broken on purpose, stay out of the user's cache."""
+    with pytest.MonkeyPatch.context() as m:
+        m.setenv("GATE4D_CACHE_DIR", str(tmp_path_factory.mktemp("gate4d-cache")))
+        yield
+
+
 @pytest.fixture
 def poisoned_memory() -> Iterator[None]:
     """Every tensor that torch allocates without a value, also from C++, is full of NaN (integers: the largest)."""

@@ -11,7 +11,7 @@ import torch
 from gate4d.benchmarks import machine
 from gate4d.kernels.attention import backends
 from gate4d.kernels.attention.op import Request
-from gate4d.kernels.support import cuda_library_error, library_error
+from gate4d.kernels.support import Backend, cuda_library_error, library_error, recorded, verdicts_directory, verify_mode
 from gate4d.terminal import field, wrapped
 
 
@@ -40,7 +40,26 @@ def collect() -> dict:
         },
         "calls": {name: _served(request) for name, request in typical_requests().items()},
         "measured": len(backends.MEASURED),
+        "verified": verdicts(),
     }
+
+
+def verdicts() -> dict:
+    """What came of the checks of GPU kernels before their first use, as far as it is on disk for the GPUs here."""
+    found = [v for request in _gpus() for v in recorded(request)]
+    failed = [v for v in found if v.error is not None]
+    return {
+        "mode": verify_mode(),
+        "folder": str(verdicts_directory()),
+        "right": len(found) - len(failed),
+        "failed": [{"operator": v.operator, "configuration": v.configuration, "error": v.error} for v in failed],
+    }
+
+
+def _gpus() -> list[Request]:
+    """A request to each GPU."""
+    indices = range(torch.cuda.device_count() if torch.cuda.is_available() else 0)
+    return [Request("cuda", torch.float32, 64, 64, device_index=i) for i in indices]
 
 
 def typical_requests() -> dict[str, Request]:
@@ -55,7 +74,10 @@ def typical_requests() -> dict[str, Request]:
             ("fp32 un-gated", torch.float32, ""),
         ):
             label = name if device == "cpu" else f"{name} ({device})"
-            requests[label] = Request(device_type=device, dtype=dtype, head_dim=64, value_dim=64, gate=gate)
+            index = 0 if device == "cuda" else None
+            requests[label] = Request(
+                device_type=device, dtype=dtype, head_dim=64, value_dim=64, gate=gate, device_index=index
+            )
     return requests
 
 
@@ -77,6 +99,7 @@ def render(facts: dict) -> str:
         *field("GPU", ", ".join(here["gpu"]) or "none"),
         *field("CPU path", isa),
         *field("CUDA C++", library["cuda_error"] or "norm_rope, asked for with backend='cuda'"),
+        *_verified(facts["verified"]),
         "",
         "Which backend can serve a call here (head dim 64):",
         "",
@@ -109,6 +132,16 @@ def render(facts: dict) -> str:
     return "\n".join(lines)
 
 
+def _verified(facts: dict) -> list[str]:
+    """Nothing where no kernel was ever checked."""
+    if not facts["right"] and not facts["failed"]:
+        return []
+    lines = field("verified", f"{facts['right']} kernel(s) right, {len(facts['failed'])} failed, in {facts['folder']}")
+    for v in facts["failed"]:
+        lines += wrapped(f"{v['operator']} ({v['configuration']}) is not used: {v['error']}", "    ", "      ")
+    return lines
+
+
 def advice() -> str:
     """How to get the compiled kernels."""
     return (
@@ -120,12 +153,17 @@ def advice() -> str:
 
 
 def _served(request: Request) -> dict:
-    reasons = {name: b.not_supported_reasons(request) for name, b in backends.BACKENDS.items()}
+    reasons = {name: _reasons(b, request) for name, b in backends.BACKENDS.items()}
     try:
-        auto = backends.select("auto", request).name
+        auto = backends.select("auto", request, trying=False).name
     except NotImplementedError:
         auto = "nothing"
     return {"auto": auto, "reasons": reasons}
+
+
+def _reasons(backend: Backend, request: Request) -> list[str]:
+    failure = backend.failure(request, trying=False)
+    return [*backend.not_supported_reasons(request), *([failure] if failure is not None else [])]
 
 
 def _cpu_path() -> str | None:

@@ -42,7 +42,8 @@ def norm_rope(
         NotImplementedError: ``out`` where a gradient is asked for, or the backend named cannot serve the call.
     """
     _check(x, weight, bias, eps, rope, positions, out)
-    chosen = op.select(backend, x, rope is None or rope.exact)
+    kind = {"weight": weight, "bias": bias, "norm": eps is not None, "rotate": rope is not None}
+    chosen = op.select(backend, x, rope is None or rope.exact, **kind)
     if out is not None:
         if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias, out)):
             raise NotImplementedError("out has no gradient: call under torch.no_grad(), or without out.")

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..kernels.cross_moments.op import kernel_reasons
+from ..kernels.cross_moments.op import streams
 from ..moments import Moments
 
 _TILE = (512, 4096)  # rows and columns of the streamed product: 8 MiB in fp32
@@ -93,7 +93,7 @@ def feature_moments(parts: Sequence[Tensor], y: Tensor, method: str = "auto") ->
     num_rows, num_columns, features = parts[0].shape[2], y.shape[1], y.shape[2]
     if num_columns == 0:
         return Moments.empty((y.shape[0], num_rows), y.dtype, y.device)
-    kernel = y.dtype == torch.float32 and not kernel_reasons(y.device.type, parts[0].dtype, y.device.index)
+    kernel = y.dtype == torch.float32 and streams(y.device, parts[0].dtype)
     if method == "auto":
         covariance = _COVARIANCE_COST["kernel" if kernel else "torch"] * features * (num_rows + num_columns)
         method = "covariance" if covariance < num_rows * num_columns else "stream"

@@ -68,6 +68,9 @@ def received_attention(
     lse = lse.to(torch.promote_types(q.dtype, torch.float32))
     args = (q, k, lse, score_for(g.query_score, q.dtype), score_for(g.key_score, q.dtype), bounds, scale, g.strength)
     request = op.Request(q.device.type, q.dtype, q.shape[3], q.shape[2] > 0, q.device.index)
+    if q.device.type != "cpu" and not torch.compiler.is_compiling():
+        kind = "" if g.key_score is None else "keys" if g.query_score is None else "pairwise"
+        request = request._replace(gate=kind, strength=g.strength if kind else 1.0, masked=bounds is not None)
     mean, m2 = choose(BACKENDS, AUTO_ORDER, backend, request).run(*args)
     moments = Moments(q.shape[2], mean, m2)
     if g.dropped_keys is not None:  # given lse, a dropped key concerns no other key

@@ -12,7 +12,7 @@ import torch
 
 from .. import support
 from ..support import Backend, cpu_reasons, dtype_name, triton_reasons
-from . import symbolic
+from . import symbolic, trial
 from .op import Call, Request, attention
 from .torch_backends import (
     compacted_reasons,
@@ -51,7 +51,7 @@ BACKENDS: dict[str, Backend] = {
     b.name: b
     for b in (
         Backend("cpu", _cpu_reasons, _run_operator),
-        Backend("triton", _triton_reasons, _run_operator),
+        Backend("triton", _triton_reasons, _run_operator, trial.of("triton", _run_operator)),
         Backend("sdpa", sdpa_reasons, run_sdpa),
         Backend("sdpa_folded", folded_reasons, run_folded),
         Backend("sdpa_compacted", compacted_reasons, run_compacted),
@@ -72,14 +72,15 @@ MEASURED: list[dict] = json.loads(Path(__file__).with_name("auto_order.json").re
 _selected: dict[tuple[str, Request], Backend] = {}
 
 
-def select(backend: str, request: Request) -> Backend:
+def select(backend: str, request: Request, *, trying: bool = True) -> Backend:
     """The backend for a request; errors as of :func:`gate4d.kernels.support.choose`."""
     if torch.compiler.is_compiling():
         return support.choose(BACKENDS, auto_order(request), backend, request)
     chosen = _selected.get((backend, request))
     if chosen is None:
-        chosen = support.choose(BACKENDS, auto_order(request), backend, request)
-        _selected[backend, request] = chosen
+        chosen = support.choose(BACKENDS, auto_order(request), backend, request, trying=trying)
+        if trying and (chosen.trial is None or chosen.trial.settled(request)):
+            _selected[backend, request] = chosen
     return chosen
 
 

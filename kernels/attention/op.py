@@ -50,10 +50,19 @@ class Request(NamedTuple):
     renormalize: bool = True
     learned: bool = False  # the gate's scores ask for a gradient
     device_index: int | None = None  # of the CUDA device of the tensors, which need not be the current one
+    # What else decides which code a GPU kernel is; left at the defaults for the CPU.
+    power: float = 1.0  # of power_class
+    row_stats: bool = False
+    grad: bool = False  # a gradient is asked for
 
     @property
     def gated(self) -> bool:
         return self.gate != ""
+
+
+def power_class(strength: float) -> float:
+    """One strength of those that the kernels compute by the same code."""
+    return strength if strength in (0.0, 0.5, 1.0, 1.5, 2.0) else 1.7
 
 
 class Call(NamedTuple):

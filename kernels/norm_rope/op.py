@@ -5,14 +5,25 @@ The Triton kernel is what every GPU gets. The CUDA C++ kernel is a peer: an opt-
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .._autograd import first_derivative_only
 from .._triton.runtime import heads_last
-from ..support import KERNEL_DTYPES, MAX_HEAD_DIM, capability, cuda_library_error, dtype_name, has_triton, kept
+from .._verify import Trial, accept
+from ..support import (
+    KERNEL_DTYPES,
+    MAX_HEAD_DIM,
+    capability,
+    cuda_library_error,
+    dtype_name,
+    has_triton,
+    kept,
+    passes,
+)  # fmt: skip
+from .reference import norm_rope
 
 BACKENDS = ("triton", "cuda", "torch")
 _FORWARD = (
@@ -103,21 +114,48 @@ def _transformed() -> bool:
     return not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None
 
 
-def select(backend: str, x: Tensor, exact: bool) -> str:
+class Request(NamedTuple):
+    """What decides which code the Triton kernels are."""
+
+    device_type: str
+    device_index: int | None
+    dtype: torch.dtype
+    dim: int
+    norm: bool
+    weight: bool
+    bias: bool
+    rotate: bool
+    grad: bool
+
+
+def select(
+    backend: str, x: Tensor, exact: bool, *, weight: Tensor | None, bias: Tensor | None, norm: bool, rotate: bool
+) -> str:
     """The name of the implementation for ``x [B, H, N, D]``.
 
     Raises:
         ValueError: ``backend`` is none of the names.
         NotImplementedError: the one named cannot serve the call, with every reason.
     """
-    if backend == "auto":
-        return "triton" if fits(x, exact) else "torch"
-    if backend not in BACKENDS:
+    if backend not in ("auto", *BACKENDS):
         raise ValueError(f"backend must be 'auto' or one of {list(BACKENDS)}, got {backend!r}.")
-    reasons = {"triton": triton_reasons, "cuda": cuda_reasons, "torch": lambda x, exact: []}[backend](x, exact)
+    if backend == "torch" or (backend == "auto" and not fits(x, exact)):
+        return "torch"
+    reasons = []
+    if backend != "auto":
+        reasons = {"triton": triton_reasons, "cuda": cuda_reasons}[backend](x, exact)
+    if not reasons and backend != "cuda" and x.is_cuda and not torch.compiler.is_compiling():
+        grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias))
+        request = Request(
+            x.device.type, x.device.index, x.dtype, x.shape[3], norm, weight is not None, bias is not None, rotate, grad
+        )
+        if backend == "auto":
+            return "triton" if passes(TRIAL, request, "torch") else "torch"
+        failure = TRIAL.failure(request, trying=True)
+        reasons = [] if failure is None else [failure]
     if reasons:
         raise NotImplementedError(f"backend={backend!r} cannot serve this call: {'; '.join(reasons)}")
-    return backend
+    return "triton" if backend == "auto" else backend
 
 
 _frequencies: dict[tuple, Tensor] = {}
@@ -198,3 +236,60 @@ def _gradients(ctx: Any, grad_out: Tensor) -> tuple[Tensor, Tensor | None, Tenso
         grad_weight.to(weight.dtype) if want_weight else None,
         grad_bias.to(bias.dtype) if want_bias else None,
     )
+
+
+def _describe(r: Request) -> str:
+    named = "norm", "weight", "bias", "rotate", "grad"
+    return ", ".join([dtype_name(r.dtype), f"head {r.dim}", *(name for name in named if getattr(r, name))])
+
+
+def _check(r: Request) -> None:
+    """Values and gradients of a request's kind against float64, in memory as qkv projections leave it."""
+    draw = torch.Generator().manual_seed(0)
+    device = torch.device(r.device_type, r.device_index) if r.device_type != "cpu" else torch.device("cpu")
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=draw, dtype=torch.float32).to(device)
+
+    batch, tokens, heads = 2, 37, 5
+    x = (2 * normal(batch, tokens, heads, r.dim) + 0.5).to(r.dtype).transpose(1, 2)
+    grad_out = normal(batch, heads, tokens, r.dim).to(r.dtype)
+    weight = normal(r.dim) if r.weight else None
+    bias = normal(r.dim) if r.bias else None
+    positions = angles = None
+    if r.rotate:
+        positions = torch.randint(-3, 60, (batch, tokens, 2), generator=draw).to(device)
+        angles = torch.tensor([100.0 ** (-4 * i / r.dim) for i in range(r.dim // 4)], dtype=torch.float32).to(device)
+    eps = 1e-5 if r.norm else None
+
+    def evaluate(work: torch.dtype, run: Any) -> dict[str, Tensor]:
+        given = {"x": x, "weight": weight, "bias": bias}
+        wide = torch.promote_types(work, torch.float32)
+        leaves = {
+            n: t.to(work if n == "x" else wide).detach().clone().requires_grad_(r.grad)
+            for n, t in given.items() if t is not None
+        }  # fmt: skip
+        out = run(leaves["x"], leaves.get("weight"), leaves.get("bias"))
+        found = torch.autograd.grad(out, list(leaves.values()), grad_out.to(work)) if r.grad else ()
+        return {"out": out.detach(), **{f"grad {n}": g for n, g in zip(leaves, found, strict=False)}}
+
+    def kernel(t: Tensor, *affine: Tensor | None) -> Tensor:
+        return NormRope.apply("triton", t, *affine, positions, angles, eps)
+
+    def in_float64(t: Tensor, *affine: Tensor | None) -> Tensor:
+        wide = None if angles is None else angles.double()
+        return norm_rope(t, *affine, positions, wide, r.norm, eps or 0.0)
+
+    def rounded(t: Tensor, *affine: Tensor | None) -> Tensor:
+        """As torch does it in two steps, the norm rounded to the dtype."""
+        y = norm_rope(t, *affine, None, None, r.norm, eps or 0.0)
+        return norm_rope(y, None, None, positions, angles, False, 0.0)
+
+    # Sums over rounded gradients, and a sum's own order.
+    coarse = torch.finfo(r.dtype).eps / torch.finfo(torch.float32).eps
+    allowances = {"grad weight": (0.0, coarse), "grad bias": (0.0, coarse)}
+    baseline = evaluate(r.dtype, rounded)
+    accept(lambda order: baseline, evaluate(r.dtype, kernel), evaluate(torch.float64, in_float64), allowances)
+
+
+TRIAL = Trial("norm + RoPE: triton", _describe, _check)

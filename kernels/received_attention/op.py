@@ -10,6 +10,7 @@ from torch import Tensor
 from .._library import declare
 from .._operands import same_device
 from ..support import Backend, cpu_reasons, triton_reasons
+from . import trial
 from .reference import received_attention
 
 torch.library.define(
@@ -45,6 +46,10 @@ class Request(NamedTuple):
     head_dim: int
     queries: bool  # whether there is any; a kernel has no mean over none
     device_index: int | None = None  # of the CUDA device of the tensors, which need not be the current one
+    # What else decides which code a GPU kernel is.
+    gate: str = ""  # "pairwise", "keys" or none
+    strength: float = 1.0
+    masked: bool = False
 
 
 def _kernel_reasons(r: Request) -> list[str]:
@@ -68,6 +73,7 @@ BACKENDS: dict[str, Backend] = {
             "triton",
             lambda r: [*triton_reasons(r.device_type, r.dtype, r.head_dim, r.device_index), *_kernel_reasons(r)],
             _run_operator,
+            trial.TRIAL,
         ),
         Backend("reference", lambda r: [], received_attention),
     )
