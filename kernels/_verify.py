@@ -150,6 +150,11 @@ def report(operator: str, failure: str, instead: str) -> None:
     )
 
 
+def device_of(request: Any) -> torch.device:
+    """Where a request is tried."""
+    return torch.device(request.device_type if request.device_index is None else f"cuda:{request.device_index}")
+
+
 def _exists(request: Any) -> bool:
     """Whether there is a device to compute on: no meta tensors, no fake ones, which a dispatch mode makes."""
     if torch._C._len_torch_dispatch_stack():

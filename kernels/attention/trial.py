@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .._reference import gate_weight, seen
-from .._verify import Trial, accept
+from .._verify import Trial, accept, device_of
 from ..support import dtype_name
 from .op import Call, Request
 from .reference import attention as reference
@@ -37,7 +37,7 @@ def describe(r: Request) -> str:
 def problem(r: Request) -> tuple[Call, Tensor, Tensor]:
     """A call of the request's kind, and gradients of its output and lse; the same numbers each time."""
     draw = torch.Generator().manual_seed(0)
-    device = torch.device(r.device_type, r.device_index) if r.device_type != "cpu" else torch.device("cpu")
+    device = device_of(r)
 
     def normal(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=draw, dtype=torch.float32)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .._library import declare
 from .._operands import same_device
-from .._verify import Trial, accept
+from .._verify import Trial, accept, device_of
 from ..support import cpu_reasons, passes, triton_reasons
 
 torch.library.define(
@@ -61,7 +61,7 @@ def streams(device: torch.device, dtype: torch.dtype) -> bool:
 def _check(r: Request) -> None:
     """Two parts, tiles in full and in part, columns with an offset; the error budget of closed forms is 1e-5."""
     draw = torch.Generator().manual_seed(0)
-    device = torch.device(r.device_type, r.device_index) if r.device_type != "cpu" else torch.device("cpu")
+    device = device_of(r)
 
     def normal(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=draw, dtype=torch.float32).to(device)

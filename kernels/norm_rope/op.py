@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .._autograd import first_derivative_only
 from .._triton.runtime import heads_last
-from .._verify import Trial, accept
+from .._verify import Trial, accept, device_of
 from ..support import (
     KERNEL_DTYPES,
     MAX_HEAD_DIM,
@@ -246,7 +246,7 @@ def _describe(r: Request) -> str:
 def _check(r: Request) -> None:
     """Values and gradients of a request's kind against float64, in memory as qkv projections leave it."""
     draw = torch.Generator().manual_seed(0)
-    device = torch.device(r.device_type, r.device_index) if r.device_type != "cpu" else torch.device("cpu")
+    device = device_of(r)
 
     def normal(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=draw, dtype=torch.float32).to(device)
@@ -276,13 +276,13 @@ def _check(r: Request) -> None:
     def kernel(t: Tensor, *affine: Tensor | None) -> Tensor:
         return NormRope.apply("triton", t, *affine, positions, angles, eps)
 
-    def in_float64(t: Tensor, *affine: Tensor | None) -> Tensor:
+    def in_float64(t: Tensor, w: Tensor | None, b: Tensor | None) -> Tensor:
         wide = None if angles is None else angles.double()
-        return norm_rope(t, *affine, positions, wide, r.norm, eps or 0.0)
+        return norm_rope(t, w, b, positions, wide, r.norm, eps or 0.0)
 
-    def rounded(t: Tensor, *affine: Tensor | None) -> Tensor:
+    def rounded(t: Tensor, w: Tensor | None, b: Tensor | None) -> Tensor:
         """As torch does it in two steps, the norm rounded to the dtype."""
-        y = norm_rope(t, *affine, None, None, r.norm, eps or 0.0)
+        y = norm_rope(t, w, b, None, None, r.norm, eps or 0.0)
         return norm_rope(y, None, None, positions, angles, False, 0.0)
 
     # Sums over rounded gradients, and a sum's own order.

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .._reference import gate_log_weight, seen
-from .._verify import Trial, accept
+from .._verify import Trial, accept, device_of
 from .reference import received_attention
 
 BATCH, HEADS, QUERIES, KEYS = 2, 2, 200, 300  # full tiles and tiles at the end
@@ -27,7 +27,7 @@ def describe(r: Any) -> str:
 def check(r: Any) -> None:
     """Mean and squared deviations of a request's kind against float64, lse being given."""
     draw = torch.Generator().manual_seed(0)
-    device = torch.device(r.device_type, r.device_index) if r.device_type != "cpu" else torch.device("cpu")
+    device = device_of(r)
     q, k = (
         torch.randn(BATCH, HEADS, n, r.head_dim, generator=draw, dtype=torch.float32).to(device, r.dtype)
         for n in (QUERIES, KEYS)
@@ -58,8 +58,8 @@ def check(r: Any) -> None:
         return {"mean": mean, "m2": m2}
 
     got = torch.ops.gate4d.received_attention(q, k, lse, query_score, key_score, bounds, *settings)
-    doubles = (None if x is None else x.double() for x in (q, k, lse, query_score, key_score))
-    exact = received_attention(*doubles, bounds, *settings)
+    a, b = (None if x is None else x.double() for x in (query_score, key_score))
+    exact = received_attention(q.double(), k.double(), lse.double(), a, b, bounds, *settings)
     names = "mean", "m2"
     accept(in_torch, dict(zip(names, got, strict=True)), dict(zip(names, exact, strict=True)), {})
 
