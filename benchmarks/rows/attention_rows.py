@@ -171,7 +171,7 @@ def _peaks(
         arguments = {"implementation": implementation, "shape": asdict(single), "frames": 1, **case}
         try:
             found = memory.peak_growth(
-                "gate4d.benchmarks.measure.memory:attention_step", threads=s.threads, **arguments
+                "gate4d.benchmarks.rows.attention_rows:attention_step", threads=s.threads, **arguments
             )
         except RuntimeError as e:
             if not optional:

@@ -15,6 +15,7 @@ import torch
 
 from gate4d.benchmarks import check, inputs, peers
 from gate4d.benchmarks.measure import memory, resident, rounds
+from gate4d.benchmarks.measure.load import load
 from gate4d.benchmarks.registry import SHAPES, AttentionShape
 from gate4d.benchmarks.report import agreement, documents, result_files
 from gate4d.benchmarks.rows import attention_rows, target
@@ -263,6 +264,15 @@ def test_peak_memory_counts_scratch_and_not_the_result(monkeypatch):
     found = memory.peak_growth("test_bench:scratch_step", threads=1, scratch_mib=40, result_mib=24)
     assert 15 <= found["extra_bytes"] / resident.MIB <= 18
     assert found["result_bytes"] == 24 * resident.MIB
+
+
+def test_what_fresh_processes_are_told_to_run_exists():
+    """A row names a function as text, which no import and no type checker follows when it moves."""
+    sources = Path(attention_rows.__file__).parent.parent.rglob("*.py")
+    named = {x for path in sources for x in re.findall(r"""["'](gate4d[\w.]*:\w+)["']""", path.read_text())}
+    assert named
+    for setup in named:
+        assert callable(load(setup)), setup
 
 
 def test_peak_memory_of_attention_in_a_fresh_process():
