@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from functools import cache
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from .._reference import gate_weight
-from ..support import KERNEL_DTYPES, dtype_name, has_triton
 from .op import Call, Request
 
 
@@ -40,52 +37,6 @@ def _kind_reasons(r: Request, gate: str) -> list[str]:
         got = f"one of the kind {r.gate!r}" if r.gate else "a call without a gate"
         reasons.append(f"it serves gates of the kind {gate!r} alone, got {got}")
     return [*reasons, *_plain_reasons(r)]
-
-
-def flex_reasons(r: Request) -> list[str]:
-    reasons = []
-    if not has_triton():
-        reasons.append("triton is not installed; pip install gate4d[triton]")
-    if r.device_type != "cuda":
-        reasons.append(f"it needs CUDA tensors, got {r.device_type}")
-    if r.dtype not in KERNEL_DTYPES:
-        reasons.append(f"it supports float32, bfloat16 and float16, got {dtype_name(r.dtype)}")
-    if min(r.head_dim, r.value_dim) < 16:
-        reasons.append(f"it supports head dimensions from 16 on, got {min(r.head_dim, r.value_dim)}")
-    if r.masked:
-        reasons.append("it would need a block mask made for this visibility")
-    if r.aux:
-        reasons.append("it returns neither lse nor row statistics")
-    if r.gate and not r.renormalize:
-        reasons.append("it always normalises with the gate's weights")
-    if r.learned:
-        reasons.append("it gives no gradient to the gate's scores")
-    return reasons
-
-
-@cache
-def _flex_attention():
-    from torch.nn.attention.flex_attention import flex_attention
-
-    return torch.compile(flex_attention, dynamic=False)
-
-
-def run_flex(c: Call) -> tuple[Tensor, None, None]:
-    """torch's FlexAttention, compiled, with the logarithm of the weight added to each logit; compiles once a shape.
-
-    Not run on a GPU yet, and so in no order of ``auto``: only a measured row can put it there.
-    """
-
-    def gated(score, b, h, i, j):
-        if c.key_score is not None and c.strength != 0:
-            product = c.key_score[b, j] if c.query_score is None else c.query_score[b, i] * c.key_score[b, j]
-            score = score + c.strength * torch.log(1 - product)
-        if c.dropped_keys is not None:
-            score = torch.where(c.dropped_keys[b, j], -torch.inf, score)
-        return score
-
-    plain = c.key_score is None and c.dropped_keys is None
-    return _flex_attention()(c.q, c.k, c.v, score_mod=None if plain else gated, scale=c.scale), None, None
 
 
 def folded_reasons(r: Request) -> list[str]:

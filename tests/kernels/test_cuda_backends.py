@@ -13,7 +13,6 @@ import gate4d
 from gate4d import MotionGate, Visibility
 from gate4d.kernels import support
 from gate4d.kernels.attention import backends
-from gate4d.kernels.attention import torch_backends as cuda
 from gate4d.kernels.attention.backends import auto_order, explain
 from gate4d.kernels.attention.op import Request
 from gate4d.kernels.cross_moments.op import kernel_reasons
@@ -91,7 +90,7 @@ def test_measured_rows_come_before_the_fixed_order(monkeypatch: pytest.MonkeyPat
     rows = [{"dtype": "bfloat16", "gate": "drop", "order": ["sdpa_compacted"]}]
     monkeypatch.setattr(backends, "MEASURED", rows)
     assert auto_order(request_())[0] == "sdpa"
-    assert auto_order(request_(gate="drop")) == ("sdpa_compacted", "sdpa", "triton", "reference")
+    assert auto_order(request_(gate="drop")) == ("sdpa_compacted", "sdpa", "triton", "flex", "reference")
 
 
 @pytest.mark.parametrize("renormalize", [True, False])
@@ -118,58 +117,6 @@ def test_compacted_dropped_keys() -> None:
     want = gate4d.gated_attention(q, clean, v, gate=MotionGate.drop_keys(drop), backend="reference")
     torch.testing.assert_close(out, want)
     assert not out[2].any()
-
-
-@pytest.mark.parametrize(
-    ("request_", "reason"),
-    [
-        (request_("cpu"), "needs CUDA tensors, got cpu"),
-        (request_(dtype=torch.float64), "supports float32, bfloat16 and float16, got float64"),
-        (request_(dim=8), "head dimensions from 16 on, got 8"),
-        (request_(masked=True), "block mask"),
-        (request_(aux=True), "neither lse nor row statistics"),
-        (request_(renormalize=False), "always normalises"),
-        (request_(learned=True), "no gradient to the gate's scores"),
-    ],
-)
-def test_flex_says_why_not(request_: Request, reason: str) -> None:
-    assert any(reason in r for r in cuda.flex_reasons(request_))
-
-
-def test_flex_is_chosen_by_a_measured_row_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(backends, "_selected", {})
-    assert not any("flex" in order for order in backends.AUTO_ORDER.values())
-    assert not cuda.flex_reasons(request_())
-    assert backends.select("auto", request_()).name != "flex"
-    monkeypatch.setattr(backends, "_selected", {})
-    monkeypatch.setattr(backends, "MEASURED", [{"device_type": "cuda", "gate": "pairwise", "order": ["flex"]}])
-    assert backends.select("auto", request_()).name == "flex"
-    assert backends.select("auto", request_(aux=True)).name == "triton"
-
-
-@pytest.mark.parametrize("strength", [0.0, 1.0, 1.7])
-@pytest.mark.parametrize("kind", ["none", "pairwise", "keys", "drop", "drop+pairwise"])
-def test_flex_computes_the_gate(kind: str, strength: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its arithmetic, uncompiled, against the reference; on the CPU it has no backward."""
-    from torch.nn.attention.flex_attention import flex_attention
-
-    monkeypatch.setattr(cuda, "_flex_attention", lambda: flex_attention)
-    monkeypatch.setattr(cuda, "flex_reasons", lambda r: [])
-    monkeypatch.setitem(backends.BACKENDS, "flex", backends.Backend("flex", lambda r: [], cuda.run_flex))
-    monkeypatch.setattr(backends, "_selected", {})
-    q, k, v = torch.randn(3, 2, 3, 40, 16, dtype=torch.float64).unbind(0)
-    query, key = torch.rand(2, 2, 40, dtype=torch.float64).unbind(0)
-    key[:, ::4] = 1
-    query[:, 5] = 1
-    drop = torch.rand(2, 40) < 0.3
-    key[1] = 1
-    query[1, 7] = 1  # a row of which no weight is left
-    gate = MotionGate(
-        query if "pairwise" in kind else None, key if "pairwise" in kind or kind == "keys" else None,
-        dropped_keys=drop if "drop" in kind else None, strength=strength,
-    )  # fmt: skip
-    out, want = (gate4d.gated_attention(q, k, v, gate=gate, backend=b) for b in ("flex", "reference"))
-    torch.testing.assert_close(out, want)
 
 
 def test_torch_backends_say_what_they_serve() -> None:
