@@ -15,12 +15,15 @@ import torch
 
 from ._constants import kept
 from ._library import cuda_library_error, kernel_error, library_error
+from ._triton.configurations import Config as TileShape
+from ._triton.configurations import override as tile_shape
 from ._verify import Trial, Verdict, recorded, report
 from ._verify import directory as verdicts_directory
 from ._verify import mode as verify_mode
 
 __all__ = [
     "Backend",
+    "TileShape",
     "Trial",
     "Verdict",
     "choose",
@@ -33,6 +36,7 @@ __all__ = [
     "passes",
     "recorded",
     "report",
+    "tile_shape",
     "triton_reasons",
     "verdicts_directory",
     "verify_mode",

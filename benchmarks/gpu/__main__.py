@@ -1,4 +1,7 @@
-"""Run the GPU tests, then measure the GPU targets, in slices that resume: ``python -m gate4d.benchmarks.gpu``."""
+"""``python -m gate4d.benchmarks.gpu``: 20 tests, the GPU targets, tile shapes, the other tests, in slices that resume.
+
+A test that fails is a row with an error, and the measuring goes on. It needs neither nvcc nor a network.
+"""
 
 from __future__ import annotations
 
@@ -14,19 +17,21 @@ import torch
 
 from gate4d.terminal import progress
 
+from .. import machine
 from ..measure import gpu
 from ..report import documents, result_files
 from ..rows.target import TargetRow
-from . import attention_works, pipelines
-from .work import FULL, Setup, Variant, Work
+from . import attention_works, pipelines, precompile, tuning
+from .work import FULL, TINY, Setup, Variant, Work
 
 ROOT = Path(__file__).resolve().parents[2]
+SMOKE, REST = ("tests/gpu/test_smoke_gpu.py",), ("tests/gpu/test_attention_gpu.py", "tests/gpu/test_norm_rope_gpu.py")
 DEFAULT_OUT = ROOT / "benchmarks" / "results" / "gpu.json"
 
 
 def plan(s: Setup = FULL) -> list[Work]:
     """All measurements, the most wanted first."""
-    return [*attention_works.plan(s), *pipelines.plan(s)]
+    return [*attention_works.plan(s), *pipelines.plan(s), *tuning.plan(s)]
 
 
 def surroundings() -> dict:
@@ -46,7 +51,7 @@ def measure(work: Work, timer: Callable[[Variant], float] = gpu.sample) -> list[
     rounds = gpu.ROUNDS
     if work.repeats is not None:
         timer, rounds = gpu.single, work.repeats
-    timed, failed = gpu.compare({**ours, **peers}, optional=peers, rounds=rounds, timer=timer)
+    timed, failed = gpu.compare({**ours, **peers}, optional=peers, rounds=rounds, timer=timer, seconds=work.seconds)
     medians, default = timed.medians(), next(iter(ours))
     against = {name: timed.ratio(default, name).median for name in peers if name in medians}
     id, _, what = work.id.partition(" ")
@@ -61,7 +66,30 @@ def measure(work: Work, timer: Callable[[Variant], float] = gpu.sample) -> list[
             note += f"; best of ours: {best}, {timed.ratio(best, fastest).median:.3f}"
         notes = [note, *notes]
     row.note = "; ".join(notes)
+    row.clocks = machine.gpu_clocks() if torch.cuda.is_available() else ""
     return [row, *work.extra()]
+
+
+def run_tests(name: str, paths: Sequence[str], seconds: float) -> TargetRow:
+    """A row that says how many tests passed, or which failed; it never raises."""
+    command = [sys.executable, "-m", "pytest", "-q", "--tb=line", "-rfE", *(str(ROOT / p) for p in paths)]
+    try:
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=max(1, seconds))
+    except subprocess.TimeoutExpired:
+        return TargetRow("TESTS", name, error=f"not finished within {seconds:.0f} s")
+    lines = done.stdout.strip().splitlines() or [done.stderr.strip()[-300:] or "no output"]
+    failed = [line.split(" - ")[0] for line in lines if line.startswith(("FAILED", "ERROR"))]
+    row = TargetRow("TESTS", name, note=lines[-1].strip("= "))
+    if done.returncode:
+        row.error = "; ".join([lines[-1].strip("= "), *failed])[:2000]
+    return row
+
+
+def with_row(out: Path, row: TargetRow) -> None:
+    """Add a row to the results file, in place of the one it repeats."""
+    result = result_files.read(out, "gpu")
+    result["rows"] = [r for r in result["rows"] if name_of(r) != f"{row.id} {row.what}"] + [row.as_dict()]
+    result_files.write(out, result)
 
 
 def run(
@@ -69,8 +97,10 @@ def run(
     measure: Callable[[Work], list[TargetRow]] = measure,
     clock: Callable[[], float] = time.monotonic,
     about: Callable[[], dict] = surroundings,
+    first: Sequence[TargetRow] = (),
 ) -> dict:  # fmt: skip
-    """Measure what is not in ``out`` yet and fits the time; the file is written after every measurement.
+    """Measure what is not in ``out`` yet and fits the time; the file is written at once, with the rows ``first``, and
+    after every measurement.
 
     A measurement that failed is tried again by the next slice. ``slices`` are the surroundings of each of them.
     """
@@ -78,6 +108,10 @@ def run(
     before = result_files.read(out, "gpu") if resume and out.exists() else {"rows": [], "slices": []}
     slice = {name: now[name] for name in ("date", "hardware", "versions")}
     result = {**now, "slices": [*before["slices"], slice], "rows": before["rows"]}
+    names = {f"{row.id} {row.what}" for row in first}
+    result["rows"] = [row for row in result["rows"] if name_of(row) not in names] + [row.as_dict() for row in first]
+    out.parent.mkdir(parents=True, exist_ok=True)
+    result_files.write(out, result)
     end = clock() + 60 * minutes
     waiting = [w for w in works if w.id not in measured(result)]
     with progress(total=len(waiting)) as show:
@@ -92,7 +126,6 @@ def run(
                 found = [TargetRow(id, what, error=f"{type(e).__name__}: {' '.join(str(e).split())[:500]}")]
             result["rows"] = [row for row in result["rows"] if name_of(row) != work.id]
             result["rows"] += [row.as_dict() for row in found]
-            out.parent.mkdir(parents=True, exist_ok=True)
             result_files.write(out, result)
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
@@ -123,34 +156,47 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--resume", action="store_true", help="keep the results in --out and measure the rest")
     parser.add_argument("--only", nargs="+", metavar="G1", help="targets to measure")
     parser.add_argument("--out", type=Path, default=DEFAULT_OUT, help="results file")
-    parser.add_argument("--skip-tests", action="store_true", help="do not run tests/gpu first")
+    parser.add_argument("--skip-tests", action="store_true", help="run no tests")
     parser.add_argument("--list", action="store_true", help="print what would be measured and stop")
+    parser.add_argument("--dry-run", action="store_true", help="every path at tiny sizes on the CPU; measures nothing")
     args = parser.parse_args(argv)
     if not args.minutes > 0:
         parser.error(f"--minutes must be positive, got {args.minutes:g}")
-    works = [w for w in plan() if not args.only or w.id.split()[0] in args.only]
+    setup = TINY if args.dry_run else FULL
+    works = [w for w in plan(setup) if not args.only or w.id.split()[0] in args.only]
     if not works:
-        parser.error(f"--only {' '.join(args.only)} names no target; there are G1 to G10")
+        parser.error(f"--only {' '.join(args.only)} names no target; there are G1 to G10 and TUNE")
     if args.list:
         print("\n".join(f"{w.id:<36} about {w.seconds:.0f} s" for w in works))
         return 0
-    if not torch.cuda.is_available():
+    if not torch.cuda.is_available() and not args.dry_run:
         print(
             "there is no CUDA device: these measurements need one (torch.cuda.is_available() is False)", file=sys.stderr
         )
         return 1
-    started = time.monotonic()
+    started, seconds = time.monotonic(), 60 * args.minutes
+
+    def left() -> float:
+        return seconds - (time.monotonic() - started)
+
+    first, compiled = [], None
+    if not args.resume:
+        compiled = precompile.start(precompile.processes(), args.dry_run)
     if not args.skip_tests and not args.resume:
-        tests = subprocess.run([sys.executable, "-m", "pytest", "-q", str(ROOT / "tests" / "gpu")], check=False)
-        if tests.returncode:
-            print("the GPU tests fail: nothing is measured", file=sys.stderr)
-            return 1
-    left = args.minutes - (time.monotonic() - started) / 60
-    result = run(works, args.out, left, resume=args.resume)
+        first = [run_tests("20 first", SMOKE, min(180.0, left()))]
+    if compiled is not None:  # nothing is timed beside it
+        first.append(compiled(min(90.0, left() / 4)))
+    result = run(works, args.out, left() / 60, resume=args.resume, first=first)
+    done = not any(w.id not in measured(result) for w in works)
+    if not args.skip_tests and done and left() > 30:
+        with_row(args.out, run_tests("the rest", REST, left()))
+    result = result_files.read(args.out, "gpu")
+    result["tuned"] = tuning.tuned(result)
+    result_files.write(args.out, result)
     print(table(works, result))
     if any(row["error"] is not None for row in result["rows"]):
         return 1
-    return 3 if any(w.id not in measured(result) for w in works) else 0
+    return 0 if done else 3
 
 
 if __name__ == "__main__":

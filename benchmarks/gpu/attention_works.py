@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -140,12 +141,13 @@ def _reducers(s: Setup) -> list[str]:
 def plan(s: Setup) -> list[Work]:
     """The measurements of G1 to G7, the most wanted first."""
     sizes = (16384, 32768, 65536, 131072)
-    frames = max(2, 64 // s.unit)
+    frames, wide = max(2, 64 // s.unit), replace(s, dim=2 * s.dim)
     return [
         *(Work(f"G1 forward N={n}", 1.0, partial(_forward, s, n), 10 + n / 4096) for n in sizes),
         *(Work(f"G2 forward N={n} / FlexAttention", 0.75, partial(_forward, s, n, peer="flex"), 60) for n in sizes[:2]),
-        Work("G3 gate on / off", 1.03, partial(_forward, s, 32768, peer="self")),
-        Work("G3 row statistics on / off", 1.05, partial(_stats, s, 32768)),
+        Work(f"G3 gate on / off, D={s.dim}", 1.15, partial(_forward, s, 32768, peer="self")),
+        Work(f"G3 gate on / off, D={wide.dim}", 1.03, partial(_forward, wide, 32768, peer="self")),
+        Work("G3 row statistics on / off", 1.20, partial(_stats, s, 32768)),
         Work("G4 backward", 1.1, partial(_backward, s, 16384, False)),
         Work("G4 backward with gate gradients", 1.2, partial(_backward, s, 16384, True)),
         *(Work(f"G5 {r:.0%} of keys dropped", 1.05 - r, partial(_forward, s, 32768, "drop", r)) for r in (0.3, 0.6)),

@@ -44,14 +44,19 @@ def compare(
     optional: Collection[str] = (),
     rounds: int = ROUNDS,
     timer: Callable[[Callable[[], object]], float] = sample,
+    seconds: float = float("inf"),
 ) -> tuple[Comparison, dict[str, str]]:
     """Time ``variants`` in turns, every second round in reverse order.
 
-    Returns the times, and for each of the ``optional`` ones that could not run the error; it takes no further part.
+    No round begins after ``seconds``, the first apart. Returns the times, and for each of the ``optional`` ones that
+    could not run the error; it takes no further part.
     """
     times: dict[str, list[float]] = {name: [] for name in variants}
     failed: dict[str, str] = {}
+    end = time.monotonic() + seconds
     for n in range(rounds):
+        if n and time.monotonic() > end:
+            break
         for name in list(times) if n % 2 == 0 else list(reversed(times)):
             try:
                 times[name].append(timer(variants[name]))

@@ -26,6 +26,7 @@ class TargetRow:
         peak_memory: measured bytes beyond inputs and outputs, by variant.
         note: sizes, what was left out, and what makes the figure less trustworthy.
         error: why the row failed.
+        clocks: of the GPU when the row was measured.
     """
 
     id: str
@@ -41,6 +42,7 @@ class TargetRow:
     peak_memory: dict[str, int | str] = field(default_factory=dict)
     note: str = ""
     error: str | None = None
+    clocks: str = ""
 
     @property
     def passed(self) -> bool | None:

@@ -20,7 +20,7 @@ _STATS = ("entropy", "max_prob", "sum_sq")
 
 def of(name: str, run: Callable[[Call], tuple[Tensor, Tensor | None, Tensor | None]]) -> Trial:
     """The trial of the backend ``name``, whose ``run`` is given."""
-    return Trial(f"attention: {name}", describe, lambda request: _check(request, run))
+    return Trial(f"attention: {name}", describe, lambda request: check(request, run))
 
 
 def describe(r: Request) -> str:
@@ -68,7 +68,7 @@ def _bounds() -> Tensor:
     return torch.tensor(rows, dtype=torch.int32).T[None].contiguous()
 
 
-def _check(r: Request, run: Callable[[Call], tuple[Tensor, Tensor | None, Tensor | None]]) -> None:
+def check(r: Request, run: Callable[[Call], tuple[Tensor, Tensor | None, Tensor | None]]) -> None:
     call, grad_out, grad_lse = problem(r)
     given = grad_out, grad_lse if r.aux else None
     got = _evaluate(r, call, run, *given)

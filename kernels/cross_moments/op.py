@@ -58,7 +58,7 @@ def streams(device: torch.device, dtype: torch.dtype) -> bool:
     return device.type == "cpu" or passes(TRIAL, Request(device.type, dtype, device.index), "torch")
 
 
-def _check(r: Request) -> None:
+def check(r: Request) -> None:
     """Two parts, tiles in full and in part, columns with an offset; the error budget of closed forms is 1e-5."""
     draw = torch.Generator().manual_seed(0)
     device = device_of(r)
@@ -87,4 +87,4 @@ def _check(r: Request) -> None:
     accept(in_torch, got, exact, dict.fromkeys(got, (0.0, steps)))
 
 
-TRIAL = Trial("cross moments: triton", lambda r: str(r.dtype).removeprefix("torch."), _check)
+TRIAL = Trial("cross moments: triton", lambda r: str(r.dtype).removeprefix("torch."), check)

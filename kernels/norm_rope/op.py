@@ -243,7 +243,7 @@ def _describe(r: Request) -> str:
     return ", ".join([dtype_name(r.dtype), f"head {r.dim}", *(name for name in named if getattr(r, name))])
 
 
-def _check(r: Request) -> None:
+def check(r: Request) -> None:
     """Values and gradients of a request's kind against float64, in memory as qkv projections leave it."""
     draw = torch.Generator().manual_seed(0)
     device = device_of(r)
@@ -292,4 +292,4 @@ def _check(r: Request) -> None:
     accept(lambda order: baseline, evaluate(r.dtype, kernel), evaluate(torch.float64, in_float64), allowances)
 
 
-TRIAL = Trial("norm + RoPE: triton", _describe, _check)
+TRIAL = Trial("norm + RoPE: triton", _describe, check)

@@ -12,11 +12,16 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+import gate4d.benchmarks.gpu.__main__ as command
+from gate4d.benchmarks.gpu import precompile, tuning
 from gate4d.benchmarks.gpu.__main__ import main, measure, measured, plan, run, table
 from gate4d.benchmarks.gpu.attention_works import _received
 from gate4d.benchmarks.gpu.work import TINY, Work
+from gate4d.benchmarks.measure import gpu
 from gate4d.benchmarks.report import result_files
 from gate4d.benchmarks.rows.target import TargetRow
+from gate4d.kernels._triton import configurations
+from gate4d.kernels.support import TileShape
 
 
 class Clock:
@@ -122,8 +127,116 @@ def test_measure_checks_first_and_divides_by_the_fastest_peer() -> None:
 def test_plan_has_unique_ids_that_fit_a_slice() -> None:
     ids = [w.id for w in plan()]
     assert len(set(ids)) == len(ids)
-    assert {i.split()[0] for i in ids} == {f"G{n}" for n in range(1, 11)}
+    assert {i.split()[0] for i in ids} == {*(f"G{n}" for n in range(1, 11)), "TUNE"}
     assert max(w.seconds for w in plan()) < 9 * 60
+
+
+def test_limits_are_the_targets() -> None:
+    """As design/targets.md has them: G3 by head dimension, G8 for both passes together."""
+    limits = {w.id: w.limit for w in plan()}
+    assert limits["G3 gate on / off, D=64"] == 1.15
+    assert limits["G3 gate on / off, D=128"] == 1.03
+    assert limits["G3 row statistics on / off"] == 1.20
+    assert {limit for name, limit in limits.items() if name.startswith("G8")} == {2.05}
+    assert [limits[f"G4 backward{kind}"] for kind in ("", " with gate gradients")] == [1.1, 1.2]
+    assert limits["G6 frame-causal, 64 frames"] == 0.56
+
+
+def test_each_pass_of_vggt4d_is_a_row() -> None:
+    pytest.importorskip("sklearn")
+    pytest.importorskip("skimage")
+    (work,) = [w for w in plan(TINY) if w.id.startswith("G8")]
+    both, *extra = measure(work, _timed)
+    assert [(row.what.rpartition(", ")[2], row.target) for row in extra] == [("pass 1", 1.03), ("pass 2", 1.03)]
+    took = sum(row.medians["pass"] for row in extra)
+    assert 0.3 * both.medians["vggt4d"] < took <= 1.5 * both.medians["vggt4d"]
+
+
+def test_no_round_begins_after_the_time_of_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr(gpu.time, "monotonic", lambda: now[0])
+
+    def timer(step) -> float:
+        now[0] += 10
+        return 1.0
+
+    timed, _ = gpu.compare({"a": print, "b": print}, rounds=5, timer=timer, seconds=25)
+    assert {name: len(t) for name, t in timed.times.items()} == {"a": 2, "b": 2}
+
+
+def test_tests_that_fail_are_a_row_and_the_measuring_goes_on(tmp_path: Path, monkeypatch) -> None:
+    """The whole command on a fake device: tests, targets, tile shapes, the rest of the tests, the table of tiles."""
+    (tmp_path / "smoke.py").write_text("def test_a(): pass\ndef test_b(): assert 0\n")
+    (tmp_path / "rest.py").write_text("def test_c(): pass\n")
+    monkeypatch.setattr(command, "ROOT", tmp_path)
+    monkeypatch.setattr(command, "SMOKE", ("smoke.py",))
+    monkeypatch.setattr(command, "REST", ("rest.py",))
+    out = tmp_path / "deep" / "r.json"
+    only = ["--dry-run", "--out", str(out), "--minutes", "5", "--only", "G3", "TUNE"]
+    monkeypatch.setattr(gpu, "sample", _timed)
+    monkeypatch.setattr(command.measure, "__defaults__", (_timed,))
+    assert main(only) == 1
+    rows = {f"{r['id']} {r['what']}": r for r in result_files.read(out, "gpu")["rows"]}
+    assert next(iter(rows)) == "TESTS 20 first"
+    assert "1 failed" in rows["TESTS 20 first"]["error"]
+    assert "test_b" in rows["TESTS 20 first"]["error"]
+    assert list(rows)[1] == "COMPILE ahead of the measurements"
+    assert "0 failed" in rows["COMPILE ahead of the measurements"]["note"]
+    assert list(rows)[-1] == "TESTS the rest"
+    assert rows["TESTS the rest"]["error"] is None
+    assert "1 passed" in rows["TESTS the rest"]["note"]
+    tuned = [r for name, r in rows.items() if name.startswith("TUNE")]
+    assert len(tuned) == 8
+    assert all(r["error"] is None and len(r["medians"]) > 3 for r in tuned)
+    assert sum(name.startswith("G3") for name in rows) == 3
+    assert "tuned" in result_files.read(out, "gpu")
+    assert main([*only, "--resume"]) == 1  # the failure is still in the file
+
+
+def test_what_is_compiled_ahead_is_every_variant_of_ours() -> None:
+    """In shares that together are the whole plan; one that fails does not stop the others."""
+    once = precompile.share(TINY, 0, 1)
+    assert once == precompile.share(TINY, 0, 2) + precompile.share(TINY, 1, 2)
+    tiles = 2 * sum(map(len, tuning.TILES.values()))
+    assert once > tiles + 20
+    assert precompile.share(replace(TINY, kernel="none"), 0, 1) < once
+    sizes = [n // precompile.UNIT for n in (16384, 32768, 65536, 131072)]
+    assert all(n % 16 == 0 for n in sizes)  # the same specialisations as the full sizes
+
+
+def test_compiling_ahead_ends_in_time() -> None:
+    wait = precompile.start(1, dry=True)
+    row = wait(0.0)
+    assert "1 ended early, 0 failed" in row.note
+
+
+def test_a_table_of_tiles_is_made_of_what_is_faster() -> None:
+    def row(what: str, **medians: float) -> dict:
+        return TargetRow("TUNE", what, medians=medians).as_dict()
+
+    tile = "block_m=128 block_n=64 num_warps=8 num_stages=3"
+    rows = [row("forward D=64", table=1.1, **{tile: 1.0}), row("received D=64", table=1.01, **{tile: 1.0}),
+            row("grad_key D=64", table=1.0)]  # fmt: skip
+    (found,) = tuning.tuned({"rows": rows})
+    assert (found["pass"], found["width"], found["dtype"]) == ("forward", 64, "bfloat16")
+    assert found["config"] == {"block_m": 128, "block_n": 64, "num_warps": 8, "num_stages": 3, "registers": 0,
+                               "descriptors": False}  # fmt: skip
+
+
+def test_a_tile_shape_that_is_wrong_is_recorded_and_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    step, check = tuning._step(TINY, "forward", 16384)
+    bad = tuning.TILES["forward"][0]
+
+    def wrong() -> None:
+        if configurations._override.get("forward") == TileShape(*bad):
+            raise AssertionError("relative error 1")
+        check()
+
+    monkeypatch.setattr(tuning, "_step", lambda *args: (step, wrong))
+    (work,) = [w for w in tuning.plan(TINY) if w.id.startswith("TUNE forward")][:1]
+    (found,) = measure(work, _timed)
+    assert tuning._name(bad) not in found.medians
+    assert "relative error 1" in found.peers[tuning._name(bad)]
 
 
 @pytest.mark.parametrize("work", [w for w in plan(TINY) if "N=32768 /" not in w.id], ids=lambda w: w.id)

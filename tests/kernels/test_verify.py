@@ -248,7 +248,7 @@ if not INSIDE:
                     "cpu", dtype, 48, 40, gate=gate, masked=masked, aux=masked, renormalize=renormalize,
                     learned=scores, power=power, row_stats=masked, grad=True,
                 )  # fmt: skip
-                trial._check(request, backends.BACKENDS["cpu"].run)
+                trial.check(request, backends.BACKENDS["cpu"].run)
 
     @pytest.mark.parametrize("broken", ["out", "lse", "entropy", "grad q", "grad k", "grad v", "grad key_score"])
     def test_an_error_of_one_percent_in_one_entry_is_seen(broken: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -265,10 +265,10 @@ if not INSIDE:
             "cpu", torch.float32, 16, 16, gate="pairwise", aux=True, learned=True, row_stats=True, grad=True
         )
         run = backends.BACKENDS["reference"].run
-        trial._check(request, run)
+        trial.check(request, run)
         monkeypatch.setattr(trial, "_evaluate", off)
         with pytest.raises(_verify.MismatchError, match=f"{broken}: .* error"):
-            trial._check(request, run)
+            trial.check(request, run)
 
 else:
     import gate4d
@@ -386,12 +386,12 @@ else:
         ),
         "cross": (
             {"cross_moments": cross_triton.cross_moments},
-            cross_op._check,
+            cross_op.check,
             [cross_op.Request("cpu", SINGLE), cross_op.Request("cpu", HALF)],
         ),
         "norm_rope": (
             {"norm_rope_forward": norm_rope_triton.forward, "norm_rope_backward": norm_rope_triton.backward},
-            norm_rope_op._check,
+            norm_rope_op.check,
             [norm_rope_op.Request("cpu", None, dtype, 32, *kind, grad) for dtype, kind, grad in (
                 (SINGLE, (True, True, True, True), True), (HALF, (True, True, True, True), True),
                 (HALF, (False, False, False, True), False), (SINGLE, (True, False, False, False), True),
