@@ -100,6 +100,10 @@ def blocks(
     return Blocks(seen_any & ~full, full)
 
 
+# Of blocks seen in part, then in full: how many a row of blocks has, and which.
+Lists = tuple[Tensor, Tensor, Tensor, Tensor]
+
+
 def _listed(which: Tensor) -> tuple[Tensor, Tensor]:
     """Number of True blocks a row and their indices first, int32 ``[B, 1, rows]`` and ``[B, 1, rows, columns]``."""
     which = which[:, None]
@@ -111,8 +115,8 @@ def _listed(which: Tensor) -> tuple[Tensor, Tensor]:
 _lists: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
-def _block_lists(c: Call) -> tuple[Tensor, ...]:
-    def make() -> tuple[Tensor, ...]:
+def _block_lists(c: Call) -> Lists:
+    def make() -> Lists:
         found = blocks(c.bounds, c.dropped_keys, c.q.shape[2], c.k.shape[2], c.q.device)
         return *_listed(found.partial), *_listed(found.full)
 
@@ -147,7 +151,7 @@ class ShapeClass(NamedTuple):
 
 def _template(
     q: Tensor, k: Tensor, v: Tensor, query_score: Tensor | None, key_score: Tensor | None,
-    dropped: Tensor | None, bounds: Tensor | None, lists: tuple[Tensor, ...] | None,
+    dropped: Tensor | None, bounds: Tensor | None, lists: Lists | None,
     numbers: tuple[str, str], lse: bool,
 ):  # fmt: skip
     # As text, which a compiled function takes for constants: a float would become one of its inputs, and no mod of
@@ -182,7 +186,10 @@ def _template(
         )  # fmt: skip
     aux = AuxRequest(lse=True) if lse else None
     result = flex_attention(q, k, v, score_mod=score_mod, block_mask=mask, scale=scale, return_aux=aux)
-    return (result[0], result[1].lse) if lse else (result, None)
+    if not lse:
+        return result, None
+    out, rest = result
+    return out, rest.lse
 
 
 _compiled: OrderedDict[ShapeClass, Callable] = OrderedDict()
