@@ -76,10 +76,10 @@ def run_tests(name: str, paths: Sequence[str], seconds: float) -> TargetRow:
     try:
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=max(1, seconds))
     except subprocess.TimeoutExpired:
-        return TargetRow("TESTS", name, error=f"not finished within {seconds:.0f} s")
+        return TargetRow("T0", name, error=f"not finished within {seconds:.0f} s")
     lines = done.stdout.strip().splitlines() or [done.stderr.strip()[-300:] or "no output"]
     failed = [line.split(" - ")[0] for line in lines if line.startswith(("FAILED", "ERROR"))]
-    row = TargetRow("TESTS", name, note=lines[-1].strip("= "))
+    row = TargetRow("T0", name, note=lines[-1].strip("= "))
     if done.returncode:
         row.error = "; ".join([lines[-1].strip("= "), *failed])[:2000]
     return row
@@ -165,7 +165,7 @@ def main(argv: list[str] | None = None) -> int:
     setup = TINY if args.dry_run else FULL
     works = [w for w in plan(setup) if not args.only or w.id.split()[0] in args.only]
     if not works:
-        parser.error(f"--only {' '.join(args.only)} names no target; there are G1 to G10 and TUNE")
+        parser.error(f"--only {' '.join(args.only)} names no target; there are G1 to G10, and T1 for tile shapes")
     if args.list:
         print("\n".join(f"{w.id:<36} about {w.seconds:.0f} s" for w in works))
         return 0
@@ -183,13 +183,13 @@ def main(argv: list[str] | None = None) -> int:
     if not args.resume:
         compiled = precompile.start(precompile.processes(), args.dry_run)
     if not args.skip_tests and not args.resume:
-        first = [run_tests("20 first", SMOKE, min(180.0, left()))]
+        first = [run_tests("tests, 20 first", SMOKE, min(180.0, left()))]
     if compiled is not None:  # nothing is timed beside it
         first.append(compiled(min(90.0, left() / 4)))
     result = run(works, args.out, left() / 60, resume=args.resume, first=first)
     done = not any(w.id not in measured(result) for w in works)
     if not args.skip_tests and done and left() > 30:
-        with_row(args.out, run_tests("the rest", REST, left()))
+        with_row(args.out, run_tests("tests, the rest", REST, left()))
     result = result_files.read(args.out, "gpu")
     result["tuned"] = tuning.tuned(result)
     result_files.write(args.out, result)

@@ -26,7 +26,7 @@ def share(s: Setup, number: int, of: int) -> int:
             ours, peers, _ = work.build()
         except Exception:
             continue
-        tiles = peers if work.id.startswith("TUNE") else {}
+        tiles = peers if work.id.startswith("T1") else {}
         for step in [*ours.values(), *tiles.values()]:
             try:
                 step()
@@ -57,7 +57,7 @@ def start(processes: int, dry: bool) -> Callable[[float], TargetRow]:
         failed = sum(p.returncode != 0 for p in running) - ended
         took = time.monotonic() - begin
         note = f"{processes} processes, {took:.0f} s; {ended} ended early, {failed} failed"
-        return TargetRow("COMPILE", "ahead of the measurements", note=note)
+        return TargetRow("T0", "compiled ahead", note=note)
 
     return wait
 

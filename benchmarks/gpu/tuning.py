@@ -83,7 +83,7 @@ def plan(s: Setup) -> list[Work]:
         for kind in TILES:
             at = replace(s, dim=dim)
             build = partial(_variants, at, kind, 16384)
-            works.append(Work(f"TUNE {kind} D={dim}", None, build, 60))
+            works.append(Work(f"T1 tiles of {kind}, D={dim}", None, build, 60))
     return works
 
 
@@ -91,9 +91,9 @@ def tuned(result: dict) -> list[dict]:
     """Rows for the tuned table out of the rows of a results file."""
     found = []
     for row in result["rows"]:
-        if row["id"] != "TUNE" or row["error"] or not row["medians"]:
+        if row["id"] != "T1" or row["error"] or not row["medians"]:
             continue
-        kind, dim = row["what"].split(" D=")
+        kind, dim = row["what"].removeprefix("tiles of ").split(", D=")
         medians = row["medians"]
         best = min(medians, key=medians.__getitem__)
         if best == "table" or medians["table"] < GAIN * medians[best]:

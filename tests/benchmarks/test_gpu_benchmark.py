@@ -127,7 +127,7 @@ def test_measure_checks_first_and_divides_by_the_fastest_peer() -> None:
 def test_plan_has_unique_ids_that_fit_a_slice() -> None:
     ids = [w.id for w in plan()]
     assert len(set(ids)) == len(ids)
-    assert {i.split()[0] for i in ids} == {*(f"G{n}" for n in range(1, 11)), "TUNE"}
+    assert {i.split()[0] for i in ids} == {*(f"G{n}" for n in range(1, 11)), "T1"}
     assert max(w.seconds for w in plan()) < 9 * 60
 
 
@@ -172,20 +172,18 @@ def test_tests_that_fail_are_a_row_and_the_measuring_goes_on(tmp_path: Path, mon
     monkeypatch.setattr(command, "SMOKE", ("smoke.py",))
     monkeypatch.setattr(command, "REST", ("rest.py",))
     out = tmp_path / "deep" / "r.json"
-    only = ["--dry-run", "--out", str(out), "--minutes", "5", "--only", "G3", "TUNE"]
-    monkeypatch.setattr(gpu, "sample", _timed)
-    monkeypatch.setattr(command.measure, "__defaults__", (_timed,))
+    only = ["--dry-run", "--out", str(out), "--minutes", "5", "--only", "G3", "T1"]
     assert main(only) == 1
     rows = {f"{r['id']} {r['what']}": r for r in result_files.read(out, "gpu")["rows"]}
-    assert next(iter(rows)) == "TESTS 20 first"
-    assert "1 failed" in rows["TESTS 20 first"]["error"]
-    assert "test_b" in rows["TESTS 20 first"]["error"]
-    assert list(rows)[1] == "COMPILE ahead of the measurements"
-    assert "0 failed" in rows["COMPILE ahead of the measurements"]["note"]
-    assert list(rows)[-1] == "TESTS the rest"
-    assert rows["TESTS the rest"]["error"] is None
-    assert "1 passed" in rows["TESTS the rest"]["note"]
-    tuned = [r for name, r in rows.items() if name.startswith("TUNE")]
+    assert next(iter(rows)) == "T0 tests, 20 first"
+    assert "1 failed" in rows["T0 tests, 20 first"]["error"]
+    assert "test_b" in rows["T0 tests, 20 first"]["error"]
+    assert list(rows)[1] == "T0 compiled ahead"
+    assert "0 failed" in rows["T0 compiled ahead"]["note"]
+    assert list(rows)[-1] == "T0 tests, the rest"
+    assert rows["T0 tests, the rest"]["error"] is None
+    assert "1 passed" in rows["T0 tests, the rest"]["note"]
+    tuned = [r for name, r in rows.items() if name.startswith("T1")]
     assert len(tuned) == 8
     assert all(r["error"] is None and len(r["medians"]) > 3 for r in tuned)
     assert sum(name.startswith("G3") for name in rows) == 3
@@ -212,11 +210,11 @@ def test_compiling_ahead_ends_in_time() -> None:
 
 def test_a_table_of_tiles_is_made_of_what_is_faster() -> None:
     def row(what: str, **medians: float) -> dict:
-        return TargetRow("TUNE", what, medians=medians).as_dict()
+        return TargetRow("T1", f"tiles of {what}", medians=medians).as_dict()
 
     tile = "block_m=128 block_n=64 num_warps=8 num_stages=3"
-    rows = [row("forward D=64", table=1.1, **{tile: 1.0}), row("received D=64", table=1.01, **{tile: 1.0}),
-            row("grad_key D=64", table=1.0)]  # fmt: skip
+    rows = [row("forward, D=64", table=1.1, **{tile: 1.0}), row("received, D=64", table=1.01, **{tile: 1.0}),
+            row("grad_key, D=64", table=1.0)]  # fmt: skip
     (found,) = tuning.tuned({"rows": rows})
     assert (found["pass"], found["width"], found["dtype"]) == ("forward", 64, "bfloat16")
     assert found["config"] == {"block_m": 128, "block_n": 64, "num_warps": 8, "num_stages": 3, "registers": 0,
@@ -233,7 +231,7 @@ def test_a_tile_shape_that_is_wrong_is_recorded_and_not_timed(monkeypatch: pytes
         check()
 
     monkeypatch.setattr(tuning, "_step", lambda *args: (step, wrong))
-    (work,) = [w for w in tuning.plan(TINY) if w.id.startswith("TUNE forward")][:1]
+    (work,) = [w for w in tuning.plan(TINY) if w.id.startswith("T1 tiles of forward")][:1]
     (found,) = measure(work, _timed)
     assert tuning._name(bad) not in found.medians
     assert "relative error 1" in found.peers[tuning._name(bad)]
