@@ -71,6 +71,7 @@ def test_what_no_tile_shape_was_measured_for_goes_to_torchs_kernels(gate, monkey
 
 
 def test_the_reference_is_not_chosen_silently_where_it_needs_gigabytes(monkeypatch):
+    limit = backends.REFERENCE_LIMIT
     monkeypatch.setattr(support, "kernel_error", lambda operator: "it was not built")
     q, k, v = qkv()
     gate = MotionGate.keys(torch.rand(1, 5))
@@ -81,8 +82,7 @@ def test_the_reference_is_not_chosen_silently_where_it_needs_gigabytes(monkeypat
     with pytest.raises(NotImplementedError, match=r"GiB of attention maps: q is \[1, 2, 5, 16\].*backend='reference'"):
         gated_attention(q, k, v, gate=gate)
     assert torch.equal(gated_attention(q, k, v, gate=gate, backend="reference"), small)
-    monkeypatch.undo()
-    monkeypatch.setattr(support, "kernel_error", lambda operator: "it was not built")
+    monkeypatch.setattr(backends, "REFERENCE_LIMIT", limit)
     tokens = torch.empty(1, 16, 30_000, 64, device="meta")
     gate = MotionGate.keys(torch.empty(1, 30_000, device="meta"))
     assert gated_attention(tokens, tokens, tokens, gate=gate).shape == tokens.shape
