@@ -90,7 +90,7 @@ fuzz: setup
 soak: setup
 	$(PY) -m tests.fuzz.soak --minutes $(MINUTES) $(ARGS)
 
-# What the Triton kernels compile to for each GPU, as a table in build/cubins.md; needs no GPU, takes about 45 minutes.
+# What the Triton kernels compile to for each GPU, as a table in build/cubins.md; needs no GPU, takes about two hours.
 cubins: setup
 	$(PY) -m gate4d.kernels._triton.cubin_table $(ARGS)
 

@@ -6,21 +6,29 @@ import hashlib
 import re
 import subprocess
 import tempfile
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import triton
 from triton.backends.compiler import BaseBackend, GPUTarget
-from triton.backends.nvidia.compiler import CUDABackend
 from triton.compiler import ASTSource
 from triton.runtime.jit import create_function_from_signature
 
-from .runtime import Launch
+from .hot_path import hot_path
+from .runtime import AMD, Launch
 
-# Largest dynamic shared memory of a block, bytes (CUDA C++ Programming Guide, technical specifications).
-LDS_LIMIT = 64 * 1024  # of a block on CDNA3
-SHARED_LIMIT = {(8, 0): 163 * 1024, (9, 0): 227 * 1024, (10, 0): 227 * 1024}
-CONSUMER_SHARED_LIMIT = 99 * 1024  # of 8.6, 8.9 and 12.x
+# Largest dynamic shared memory of a block, bytes (CUDA C++ Programming Guide, technical specifications; CDNA3's LDS).
+SHARED_LIMIT = {
+    (8, 0): 163 * 1024,
+    (8, 9): 99 * 1024,
+    (9, 0): 227 * 1024,
+    (10, 0): 227 * 1024,
+    (12, 0): 99 * 1024,
+    AMD: 64 * 1024,
+}
+AMD_ARCH = "gfx942"
 TENSOR_LIMIT = 512  # columns of tensor memory of a processor, Blackwell's; kernels for older ones use none
 _TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
@@ -30,11 +38,13 @@ class Cubin:
     """What one compiled kernel uses.
 
     Attributes:
-        registers: per thread.
+        registers: per thread, or lane.
         stack, local: bytes of local memory per thread; anything but 0 is a spill or a run-time indexed array.
         shared: bytes of shared memory per block, static and dynamic.
         tensor: columns of tensor memory per block.
         opcodes: number of instructions in the machine code per opcode with its modifiers.
+        hot: the same for one turn of the main loop, with the branches of boundary tiles skipped (:mod:`.hot_path`).
+        serialized: whether the assembler had to wait for every asynchronous matrix product of Hopper (C7515, C7510).
     """
 
     kernel: str
@@ -45,6 +55,21 @@ class Cubin:
     shared: int
     tensor: int
     opcodes: dict[str, int]
+    hot: dict[str, int]
+    serialized: bool
+
+    @property
+    def instructions(self) -> int:
+        return sum(self.opcodes.values())
+
+    @property
+    def hot_instructions(self) -> int:
+        return sum(self.hot.values())
+
+    @property
+    def spills(self) -> int:
+        """Bytes of local memory."""
+        return self.stack + self.local
 
     def count(self, prefix: str) -> int:
         """Instructions whose opcode starts with ``prefix``."""
@@ -55,33 +80,36 @@ def compile_launch(launch: Launch, capability: tuple[int, int]) -> Cubin:
     """Compile exactly what the launch would run on a device of that compute capability. Needs no device."""
     source, target, options = _source(launch, capability)
     compiled = triton.compile(source, target=target, options=options)
+    return (_code_object if capability == AMD else _cubin)(launch.kernel.__name__, capability, compiled)
+
+
+def _cubin(kernel: str, capability: tuple[int, int], compiled: Any) -> Cubin:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
         usage = _run("cuobjdump", "--dump-resource-usage", file.name)
         sass = _run("cuobjdump", "--dump-sass", file.name)
     numbers = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL|SHARED):(\d+)", usage)}
-    opcodes: dict[str, int] = {}
-    for op in re.findall(r"^\s*/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", sass, re.MULTILINE):
-        opcodes[op] = opcodes.get(op, 0) + 1
+    code = re.findall(r"^\s*/\*[0-9a-f]+\*/\s+(.*?);", sass, re.MULTILINE)
     return Cubin(
-        launch.kernel.__name__, capability, numbers["REG"], numbers["STACK"], numbers["LOCAL"],
-        max(numbers["SHARED"], compiled.metadata.shared), compiled.metadata.tmem_size, opcodes,
+        kernel, capability, numbers["REG"], numbers["STACK"], numbers["LOCAL"],
+        max(numbers["SHARED"], compiled.metadata.shared), compiled.metadata.tmem_size, _opcodes(code),
+        _opcodes(hot_path(sass)), _serialized(compiled.asm["ptx"]),
     )  # fmt: skip
 
 
-def machine_code(launch: Launch, capability: tuple[int, int]) -> tuple[str, str]:
-    """The machine code of a launch as text, and what the assembler says about its performance."""
-    source, target, options = _source(launch, capability)
-    compiled = triton.compile(source, target=target, options=options)
-    with tempfile.TemporaryDirectory() as folder:
-        cubin, ptx = Path(folder) / "kernel.cubin", Path(folder) / "kernel.ptx"
-        cubin.write_bytes(compiled.asm["cubin"])
-        ptx.write_text(compiled.asm["ptx"])
-        arch = f"sm_{capability[0]}{capability[1]}{'a' if capability >= (9, 0) else ''}"
-        command = [str(_TOOLS / "ptxas"), "-v", f"--gpu-name={arch}", str(ptx), "-o", f"{folder}/again.cubin"]
-        said = subprocess.run(command, check=True, capture_output=True, text=True).stderr
-        return _run("cuobjdump", "--dump-sass", str(cubin)), said
+def _opcodes(code: list[str]) -> dict[str, int]:
+    """How often each opcode occurs, without the predicate in front of it."""
+    return dict(Counter(re.sub(r"^@!?U?P\w+\s+", "", text).split()[0] for text in code))
+
+
+def _code_object(kernel: str, capability: tuple[int, int], compiled: Any) -> Cubin:
+    """The same of AMD's: 4 bytes a spilled register, no hot path."""
+    text = compiled.asm["amdgcn"]
+    registers, spills = (int(re.findall(rf"\.{n}:\s+(\d+)", text)[0]) for n in ("vgpr_count", "vgpr_spill_count"))
+    opcodes = re.findall(r"^\t((?:s|v|ds|buffer|global|flat|scratch)_\w+)", text, re.MULTILINE)
+    shared = compiled.metadata.shared
+    return Cubin(kernel, capability, registers, 0, 4 * spills, shared, 0, dict(Counter(opcodes)), {}, False)
 
 
 def identity(launch: Launch, capability: tuple[int, int]) -> str:
@@ -92,8 +120,15 @@ def identity(launch: Launch, capability: tuple[int, int]) -> str:
 
 
 def _source(launch: Launch, capability: tuple[int, int]) -> tuple[ASTSource, GPUTarget, dict]:
-    target = GPUTarget("cuda", capability[0] * 10 + capability[1], 32)
-    source, options = _bound(launch, CUDABackend(target))
+    if capability == AMD:
+        from triton.backends.amd.compiler import HIPBackend as Backend
+
+        target = GPUTarget("hip", AMD_ARCH, 64)
+    else:
+        from triton.backends.nvidia.compiler import CUDABackend as Backend
+
+        target = GPUTarget("cuda", capability[0] * 10 + capability[1], 32)
+    source, options = _bound(launch, Backend(target))
     return source, target, options
 
 
@@ -107,27 +142,17 @@ def _bound(launch: Launch, backend: BaseBackend) -> tuple[ASTSource, dict]:
     return ASTSource(kernel, signature, constexprs, attrs), options.__dict__
 
 
+def _serialized(ptx: str) -> bool:
+    """Triton drops what the assembler says about kernels that it could assemble: it is asked again."""
+    if "wgmma" not in ptx:
+        return False
+    with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
+        file.write(ptx)
+        file.flush()
+        command = [_TOOLS / "ptxas", "--gpu-name=sm_90a", file.name, "-o", "/dev/null"]
+        said = subprocess.run(command, check=True, capture_output=True, text=True).stderr
+    return "serializ" in said
+
+
 def _run(tool: str, *args: str) -> str:
     return subprocess.run([_TOOLS / tool, *args], check=True, capture_output=True, text=True).stdout
-
-
-@dataclass(frozen=True)
-class CodeObject:
-    """What one kernel compiled for an AMD GPU uses: registers a lane, spilled registers, LDS bytes of a block."""
-
-    kernel: str
-    registers: int
-    spills: int
-    shared: int
-
-
-def compile_amd(launch: Launch, arch: str = "gfx942", warp_size: int = 64) -> CodeObject:
-    """Compile what the launch would run on an AMD GPU of that architecture. Needs no device."""
-    from triton.backends.amd.compiler import HIPBackend
-
-    target = GPUTarget("hip", arch, warp_size)
-    source, options = _bound(launch, HIPBackend(target))
-    compiled = triton.compile(source, target=target, options=options)
-    text = compiled.asm["amdgcn"]
-    registers, spills = (int(re.findall(rf"\.{n}:\s+(\d+)", text)[0]) for n in ("vgpr_count", "vgpr_spill_count"))
-    return CodeObject(launch.kernel.__name__, registers, spills, compiled.metadata.shared)

@@ -7,9 +7,9 @@ import torch
 
 pytest.importorskip("triton", reason="pip install gate4d[triton]")
 
-from gate4d.kernels._triton.cubin import LDS_LIMIT, compile_amd, compile_launch
+from gate4d.kernels._triton.cubin import SHARED_LIMIT, compile_launch
 from gate4d.kernels._triton.cubin_table import NORM_ROPE, VARIANTS, launches
-from gate4d.kernels._triton.runtime import record
+from gate4d.kernels._triton.runtime import AMD, record
 from gate4d.kernels.norm_rope import triton as kernels
 
 BF16, HALF, SINGLE = torch.bfloat16, torch.float16, torch.float32
@@ -44,10 +44,10 @@ def test_no_local_memory_and_whole_loads(capability, dtype, dim) -> None:
 
 @pytest.mark.parametrize(("dtype", "dim"), [(BF16, 64), (HALF, 48), (SINGLE, 256)], ids=str)
 def test_compiles_for_amd(dtype, dim) -> None:
-    for launch in launches((9, 0), dtype, dim, VARIANTS[0], NORM_ROPE):
-        c = compile_amd(launch)
+    for launch in launches(AMD, dtype, dim, VARIANTS[0], NORM_ROPE):
+        c = compile_launch(launch, AMD)
         assert c.spills == 0, c
-        assert c.shared <= LDS_LIMIT, c
+        assert c.shared <= SHARED_LIMIT[AMD], c
 
 
 def test_launch_arithmetic_of_huge_calls() -> None:
