@@ -88,7 +88,8 @@ def plan(s: Setup) -> list[Work]:
 
 
 def tuned(result: dict) -> list[dict]:
-    """Rows for the tuned table out of the rows of a results file."""
+    """Rows for the tuned table out of the rows of a results file. Only a plain gate was measured: with more, a tile
+    may need more registers than there are."""
     found = []
     for row in result["rows"]:
         if row["id"] != "T1" or row["error"] or not row["medians"]:
@@ -102,6 +103,6 @@ def tuned(result: dict) -> list[dict]:
         config = asdict(TileShape(**config_of(best)))
         found.append(
             {"pass": kind, "capability": capability, "dtype": dtype_name(torch.bfloat16), "width": int(dim),
-             "config": config}
+             "features": ["gate"], "config": config}
         )  # fmt: skip
     return found

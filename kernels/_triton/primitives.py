@@ -61,6 +61,18 @@ def load_row(P, left, BLOCK: tl.constexpr, THREADS: tl.constexpr):
 
 
 @triton.jit
+def load_tile(P, inside, offs_d, D: tl.constexpr, BLOCK_D: tl.constexpr, BOUNDARY: tl.constexpr):
+    """``P [N, BLOCK_D]``, 0 past the head dimension and, on a boundary, in rows that are not ``inside [N]``."""
+    if BOUNDARY:
+        if D != BLOCK_D:
+            return tl.load(P, mask=inside[:, None] & (offs_d < D)[None, :], other=0.0)
+        return tl.load(P, mask=inside[:, None], other=0.0)
+    if D != BLOCK_D:
+        return tl.load(P, mask=(offs_d < D)[None, :], other=0.0)
+    return tl.load(P)
+
+
+@triton.jit
 def merge_moments(count, mean, m2, x, left, lane, WIDTH: tl.constexpr):
     """Moments ``[M]`` with the columns of a tile ``[M, WIDTH]`` merged in, by the pairwise update, so that the variance
     of nearly equal numbers does not cancel. Columns from ``left`` on are 0 and do not count."""
@@ -173,11 +185,28 @@ def reach(start, end, sink, inside):
 
 @triton.jit
 def tile_range(start_min, end_max, sink_max, BLOCK_N: tl.constexpr):
-    """The tiles of keys that some row sees, as a loop over ``steps``: those of the sinks, then from ``first`` on."""
+    """The tiles of keys that some row sees: from ``first`` to before ``last``, and ``sink_tiles`` leading ones."""
     first = start_min // BLOCK_N
     sink_tiles = tl.minimum(tl.cdiv(sink_max, BLOCK_N), first)
-    steps = sink_tiles + tl.maximum(tl.cdiv(end_max, BLOCK_N) - first, 0)
-    return first, sink_tiles, steps
+    last = tl.maximum(tl.cdiv(end_max, BLOCK_N), first)
+    return first, last, sink_tiles
+
+
+@triton.jit
+def full_range(start_max, end_min, sink_min, first, last, sink_tiles, BLOCK_N: tl.constexpr):
+    """Those of :func:`tile_range` of which every row sees every key, as a part of each of the two."""
+    full_first = tl.minimum(tl.maximum(tl.cdiv(start_max, BLOCK_N), first), last)
+    full_last = tl.maximum(tl.minimum(end_min // BLOCK_N, last), full_first)
+    full_sinks = tl.minimum(sink_min // BLOCK_N, sink_tiles)
+    return full_first, full_last, full_sinks
+
+
+@triton.jit
+def boundary_tile(step, first, sink_tiles, full_first, full_last, full_sinks):
+    """The tile of a step over :func:`tile_range` without :func:`full_range`."""
+    tile = step + full_sinks
+    tile = tl.where(tile < sink_tiles, tile, tile - sink_tiles + first)
+    return tl.where(tile < full_first, tile, tile + full_last - full_first)
 
 
 @triton.jit
@@ -224,12 +253,3 @@ def query_tiles(REACH, n0, tiles, BLOCK_N: tl.constexpr, CHUNK: tl.constexpr):
         first = tl.minimum(first, tl.min(tl.where(hit, index, tiles), 0))
         last = tl.maximum(last, tl.max(tl.where(hit, index + 1, 0), 0))
     return first, last
-
-
-@triton.jit
-def tile_max_kernel(X, OUT, num_keys, tiles, BLOCK_N: tl.constexpr):
-    """Largest key score of every tile of keys, fp32 ``[B, tiles]``: only tiles with a 1 can hold a weight of 0."""
-    tile, b = tl.program_id(0) % tiles, (tl.program_id(0) // tiles).to(tl.int64)
-    offs = tile * BLOCK_N + tl.arange(0, BLOCK_N)
-    x = tl.load(X + b * num_keys + offs, mask=offs < num_keys, other=0.0)
-    tl.store(OUT + b * tiles + tile, tl.max(x, 0))

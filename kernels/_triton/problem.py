@@ -39,6 +39,17 @@ class Problem(NamedTuple):
         return self.gate != NO_GATE and not (self.power == 0 and self.renormalize)
 
     @property
+    def features(self) -> frozenset[str]:
+        """What takes registers, as the tables of configurations name it."""
+        have = {
+            "gate": self.gate != NO_GATE,
+            "power": self.gate != NO_GATE and self.power != 2,
+            "bounds": self.bounds is not None,
+            "drop": self.key_count is not None,
+        }
+        return frozenset(name for name, there in have.items() if there)
+
+    @property
     def shared(self) -> dict:
         """Arguments that every kernel over the score matrix has."""
         per_batch = self.bounds is not None and self.bounds.shape[0] > 1

@@ -124,7 +124,8 @@ def grad_query_kernel(
     if HAS_BOUNDS:
         start, end, sink = row_bounds(BOUNDS, b, offs_m, num_queries, count, bounds_stride_b)
         start_min, end_max, sink_max, start_max, end_min, sink_min = reach(start, end, sink, inside_m)
-        first, sink_tiles, steps = tile_range(start_min, end_max, sink_max, BLOCK_N)
+        first, last, sink_tiles = tile_range(start_min, end_max, sink_max, BLOCK_N)
+        steps = sink_tiles + last - first
     else:
         steps = tl.cdiv(count, BLOCK_N)
 
@@ -236,59 +237,60 @@ def grad_key_kernel(
     p_q = Q + b64 * stride_qb + h * stride_qh + lane_m[:, None] * stride_qn + offs_d[None, :]
     p_g = GRAD_OUT + b64 * stride_gb + h * stride_gh + lane_m[:, None] * stride_gn + offs_dv[None, :]
     p_row = bh.to(tl.int64) * num_queries
-    for tile in range(first, last):
-        m0 = tile * BLOCK_M
-        offs_m = m0 + lane_m
-        inside_m = offs_m < num_queries
-        inside_q, inside_g = inside_m[:, None] & inside_d, inside_m[:, None] & inside_dv
-        q = tl.load(p_q + m0.to(tl.int64) * stride_qn, mask=inside_q, other=0.0)  # [BLOCK_M, BLOCK_D]
-        grad_out = tl.load(p_g + m0.to(tl.int64) * stride_gn, mask=inside_g, other=0.0)  # [BLOCK_M, BLOCK_DV]
-        # Rows past the end are zeros in q and grad_out, and so in every product.
-        left = num_queries - m0
-        lse = row_lse(load_row(LSE + p_row + m0, left, BLOCK_M, THREADS), NATURAL)  # [BLOCK_M]
-        delta = load_row(DELTA + p_row + m0, left, BLOCK_M, THREADS)  # [BLOCK_M]
-        x = tl.dot(k, tl.trans(q), input_precision=PRECISION) * exponent_scale - lse[None, :]  # [BLOCK_N, BLOCK_M]
-        dp = tl.dot(v, tl.trans(grad_out), input_precision=PRECISION)  # [BLOCK_N, BLOCK_M]
-        partial = n0 + BLOCK_N > count
-        if HAS_BOUNDS:
-            start_max = tl.load(p_reach + 3 * tiles + tile)
-            end_min = tl.load(p_reach + 4 * tiles + tile)
-            sink_min = tl.load(p_reach + 5 * tiles + tile)
-            partial = partial | (not seen_by_all(n0, start_max, end_min, sink_min, BLOCK_N))
-        if partial:
-            seen = inside_n[:, None]
+    if first < last:  # else the assembler would wait for every product of the loop, see forward_kernel
+        for tile in range(first, last):
+            m0 = tile * BLOCK_M
+            offs_m = m0 + lane_m
+            inside_m = offs_m < num_queries
+            inside_q, inside_g = inside_m[:, None] & inside_d, inside_m[:, None] & inside_dv
+            q = tl.load(p_q + m0.to(tl.int64) * stride_qn, mask=inside_q, other=0.0)  # [BLOCK_M, BLOCK_D]
+            grad_out = tl.load(p_g + m0.to(tl.int64) * stride_gn, mask=inside_g, other=0.0)  # [BLOCK_M, BLOCK_DV]
+            # Rows past the end are zeros in q and grad_out, and so in every product.
+            left = num_queries - m0
+            lse = row_lse(load_row(LSE + p_row + m0, left, BLOCK_M, THREADS), NATURAL)  # [BLOCK_M]
+            delta = load_row(DELTA + p_row + m0, left, BLOCK_M, THREADS)  # [BLOCK_M]
+            x = tl.dot(k, tl.trans(q), input_precision=PRECISION) * exponent_scale - lse[None, :]  # [BLOCK_N, BLOCK_M]
+            dp = tl.dot(v, tl.trans(grad_out), input_precision=PRECISION)  # [BLOCK_N, BLOCK_M]
+            partial = n0 + BLOCK_N > count
             if HAS_BOUNDS:
-                p_bounds = BOUNDS + b64 * bounds_stride_b + m0
-                start = load_row(p_bounds, left, BLOCK_M, THREADS)
-                end = load_row(p_bounds + num_queries, left, BLOCK_M, THREADS)
-                sink = load_row(p_bounds + 2 * num_queries, left, BLOCK_M, THREADS)
-                key = offs_n[:, None]
-                visible = sees(key, start[None, :], end[None, :], sink[None, :])
-                seen = seen & visible
-            x = tl.where(seen, x, -float("inf"))
-        if GATE == 2:
-            a = load_row(A + b64 * num_queries + m0, left, BLOCK_M, THREADS)
-        else:
-            a = 0.0
-        if GATE != 0:
-            base = gate_base(a, key_score, GATE, True)
-        else:
-            base = 1.0
-        p, e = probability(x, base, strength, GATE, POWER, RENORM, NATURAL)
-        ds = _grad_scores(p, e, dp, delta[None, :], GATE, RENORM)  # [BLOCK_N, BLOCK_M]
-        if GATE != 0 and SCORE_GRADS:
-            grad_ab = _grad_product(p, e, dp, delta[None, :], base, strength, POWER, RENORM)
-        if HAS_BOUNDS:
-            if partial:  # as in grad_query_kernel
-                ds = tl.where(e == 0.0, 0.0, ds)
-                if GATE != 0 and SCORE_GRADS:
-                    grad_ab = tl.where(e == 0.0, 0.0, grad_ab)
-        if GATE != 0 and SCORE_GRADS:
+                start_max = tl.load(p_reach + 3 * tiles + tile)
+                end_min = tl.load(p_reach + 4 * tiles + tile)
+                sink_min = tl.load(p_reach + 5 * tiles + tile)
+                partial = partial | (not seen_by_all(n0, start_max, end_min, sink_min, BLOCK_N))
+            if partial:
+                seen = inside_n[:, None]
+                if HAS_BOUNDS:
+                    p_bounds = BOUNDS + b64 * bounds_stride_b + m0
+                    start = load_row(p_bounds, left, BLOCK_M, THREADS)
+                    end = load_row(p_bounds + num_queries, left, BLOCK_M, THREADS)
+                    sink = load_row(p_bounds + 2 * num_queries, left, BLOCK_M, THREADS)
+                    key = offs_n[:, None]
+                    visible = sees(key, start[None, :], end[None, :], sink[None, :])
+                    seen = seen & visible
+                x = tl.where(seen, x, -float("inf"))
             if GATE == 2:
-                grad_ab = grad_ab * a[None, :]
-            grad_b += tl.sum(grad_ab, 1)
-        grad_v = tl.dot(p.to(grad_out.dtype), grad_out, grad_v, input_precision=PRECISION)
-        grad_k = tl.dot(ds.to(q.dtype), q, grad_k, input_precision=PRECISION)
+                a = load_row(A + b64 * num_queries + m0, left, BLOCK_M, THREADS)
+            else:
+                a = 0.0
+            if GATE != 0:
+                base = gate_base(a, key_score, GATE, True)
+            else:
+                base = 1.0
+            p, e = probability(x, base, strength, GATE, POWER, RENORM, NATURAL)
+            ds = _grad_scores(p, e, dp, delta[None, :], GATE, RENORM)  # [BLOCK_N, BLOCK_M]
+            if GATE != 0 and SCORE_GRADS:
+                grad_ab = _grad_product(p, e, dp, delta[None, :], base, strength, POWER, RENORM)
+            if HAS_BOUNDS:
+                if partial:  # as in grad_query_kernel
+                    ds = tl.where(e == 0.0, 0.0, ds)
+                    if GATE != 0 and SCORE_GRADS:
+                        grad_ab = tl.where(e == 0.0, 0.0, grad_ab)
+            if GATE != 0 and SCORE_GRADS:
+                if GATE == 2:
+                    grad_ab = grad_ab * a[None, :]
+                grad_b += tl.sum(grad_ab, 1)
+            grad_v = tl.dot(p.to(grad_out.dtype), grad_out, grad_v, input_precision=PRECISION)
+            grad_k = tl.dot(ds.to(q.dtype), q, grad_k, input_precision=PRECISION)
 
     store_n = offs_n < num_keys  # also the rows past KEY_COUNT, whose gradient is 0
     p_x = GRAD_K + b64 * stride_xb + h * stride_xh + n64 * stride_xn + lane_n[:, None] * stride_xn + offs_d[None, :]

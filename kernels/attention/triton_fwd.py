@@ -1,4 +1,7 @@
-"""Forward of gated attention in Triton: one pass over the visible tiles of keys per tile of queries."""
+"""Forward of gated attention in Triton: one pass over the visible tiles of keys per tile of queries.
+
+First the tiles of which every query sees every key, without a mask or a branch, then those on a boundary.
+"""
 
 from __future__ import annotations
 
@@ -6,12 +9,14 @@ import triton
 import triton.language as tl
 
 from .._triton.primitives import (
+    boundary_tile,
+    full_range,
     gate_base,
     gate_weight,
     load_row,
+    load_tile,
     reach,
     row_bounds,
-    seen_by_all,
     seen_by_any,
     sees,
     tile_range,
@@ -21,7 +26,7 @@ from .._triton.primitives import (
 
 @triton.jit
 def forward_kernel(
-    Q, K, V, A, B, BOUNDS, KEY_COUNT, KEY_MAX, OUT, LSE, STATS,
+    Q, K, V, A, B, BOUNDS, KEY_COUNT, OUT, LSE, STATS,
     stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn,
     stride_vb, stride_vh, stride_vn, stride_ob, stride_oh, stride_on,
     bounds_stride_b, batch, heads, num_queries, num_keys, exponent_scale, strength,
@@ -36,6 +41,8 @@ def forward_kernel(
     LN2: tl.constexpr = 0.6931471805599453
     FOLD: tl.constexpr = GATE != 0 and RENORM and POWER == 0  # the weight joins the exponent
     MULTIPLY: tl.constexpr = GATE != 0 and not FOLD
+    # The least sum of weighted probabilities, of which the largest is 1 before its weight, that keeps all their digits.
+    LEAST: tl.constexpr = 2.0**-6 if NATURAL or P_SCALE != 1 or ROW_STATS else 2.0**-24
 
     # 64-bit from here on: an offset in N x N or N x D passes 2**31 at a few dozen frames.
     pid = tl.program_id(0)
@@ -68,9 +75,11 @@ def forward_kernel(
     if HAS_BOUNDS:
         start, end, sink = row_bounds(BOUNDS, b, offs_m, num_queries, count, bounds_stride_b)
         start_min, end_max, sink_max, start_max, end_min, sink_min = reach(start, end, sink, inside_m)
-        first, sink_tiles, steps = tile_range(start_min, end_max, sink_max, BLOCK_N)
+        first, last, sink_tiles = tile_range(start_min, end_max, sink_max, BLOCK_N)
+        full_first, full_last, full_sinks = full_range(start_max, end_min, sink_min, first, last, sink_tiles, BLOCK_N)
     else:
-        steps = tl.cdiv(count, BLOCK_N)
+        first, last, sink_tiles = 0, tl.cdiv(count, BLOCK_N), 0
+        full_first, full_last, full_sinks = 0, count // BLOCK_N, 0
 
     row_max = tl.full([BLOCK_M], -float("inf"), tl.float32)  # of the logits, in base 2 unless NATURAL
     total = tl.zeros([BLOCK_M], tl.float32)
@@ -85,94 +94,112 @@ def forward_kernel(
         p_k = K + b64 * stride_kb + h * stride_kh + lane_n[:, None] * stride_kn + offs_d[None, :]
         p_v = V + b64 * stride_vb + h * stride_vh + lane_n[:, None] * stride_vn + offs_dv[None, :]
 
-    for step in range(0, steps):
-        tile = step
-        if HAS_BOUNDS:
-            tile = tl.where(step < sink_tiles, step, step - sink_tiles + first)
-        n0 = tile * BLOCK_N
-        inside_n = n0 + lane_n < count
-        if HAS_BOUNDS:
-            inside_n = inside_n & seen_by_any(n0 + lane_n, start_min, end_max, sink_max)
-        if DESCRIPTORS:
-            k = K.load([b, bh % heads, n0, 0]).reshape([BLOCK_N, BLOCK_D])
-        else:
-            inside_k = inside_n[:, None]
-            if D != BLOCK_D:
-                inside_k = inside_k & (offs_d < D)[None, :]
-            k = tl.load(p_k + n0.to(tl.int64) * stride_kn, mask=inside_k, other=0.0)  # [BLOCK_N, BLOCK_D]
-        qk = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
-
-        if GATE != 0:
-            key_score = load_row(B + b64 * num_keys + n0, count - n0, BLOCK_N, THREADS)  # [BLOCK_N]
-        # Only tiles on a boundary pay for a mask, and tiles with a score of 1, known beforehand: there a key may have
-        # weight 0, and must not raise the maximum.
-        partial = n0 + BLOCK_N > count
-        if HAS_BOUNDS:
-            partial = partial | (not seen_by_all(n0, start_max, end_min, sink_min, BLOCK_N))
-        if MULTIPLY and RENORM:
-            partial = partial | (tl.load(KEY_MAX + b * tl.cdiv(num_keys, BLOCK_N) + tile) >= 1.0)
-        if partial:
-            offs_n = n0 + lane_n
-            if HAS_BOUNDS:
-                column = offs_n[None, :]
-                seen = sees(column, start[:, None], end[:, None], sink[:, None])
-            else:
-                seen = (offs_n < count)[None, :]
+    for BOUNDARY in tl.static_range(2):
+        if BOUNDARY:
             if MULTIPLY and RENORM:
-                seen = seen & ((gate_base(a, key_score, GATE, False) > 0.0) | (qk != qk))
-            qk = tl.where(seen, qk, -float("inf"))
+                # Keys of weight 0 raised the maximum above. Where that left too little of a row, start again with them
+                # masked, as on a boundary.
+                short = inside_m & (total < LEAST)
+                if GATE == 2:
+                    short = short & (a >= 1.0)
+                again = tl.max(tl.where(short, 1, 0), 0) > 0
+                full_last = tl.where(again, full_first, full_last)
+                full_sinks = tl.where(again, 0, full_sinks)
+                row_max = tl.where(again, -float("inf"), row_max)
+                total = tl.where(again, 0.0, total)
+                acc = tl.where(again, 0.0, acc)
+                if ROW_STATS:
+                    gated_total = tl.where(again, 0.0, gated_total)
+                    log_sum = tl.where(again, 0.0, log_sum)
+                    largest = tl.where(again, 0.0, largest)
+                    squares = tl.where(again, 0.0, squares)
+            steps = sink_tiles - full_sinks + last - first - (full_last - full_first)
+        else:
+            steps = full_sinks + full_last - full_first
+        if (
+            steps > 0
+        ):  # else a jump over the loop would write zeros where an asynchronous product may still write (C7515)
+            for step in range(0, steps):
+                if BOUNDARY:
+                    tile = boundary_tile(step, first, sink_tiles, full_first, full_last, full_sinks)
+                elif HAS_BOUNDS:
+                    tile = tl.where(step < full_sinks, step, step - full_sinks + full_first)
+                else:
+                    tile = step
+                n0 = tile * BLOCK_N
+                offs_n = n0 + lane_n
+                if BOUNDARY:
+                    inside_n = offs_n < count
+                    if HAS_BOUNDS:
+                        inside_n = inside_n & seen_by_any(offs_n, start_min, end_max, sink_max)
+                else:
+                    inside_n = True
+                if DESCRIPTORS:
+                    k = K.load([b, bh % heads, n0, 0]).reshape([BLOCK_N, BLOCK_D])
+                else:
+                    k = load_tile(p_k + n0.to(tl.int64) * stride_kn, inside_n, offs_d, D, BLOCK_D, BOUNDARY)
+                qk = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
 
-        if GATE != 0:
-            base = gate_base(a, key_score, GATE, False)  # [BLOCK_M or 1, BLOCK_N]
-        if MULTIPLY:
-            weight = gate_weight(base, strength, POWER)
-        if FOLD:
-            bias = strength * tl.log2(base)
-            if NATURAL:
-                bias = bias * LN2
-            s = qk * exponent_scale + bias
-            new_max = tl.maximum(row_max, tl.max(s, 1))
-        else:
-            new_max = tl.maximum(row_max, tl.max(qk, 1) * exponent_scale)
-        offset = tl.where(new_max == -float("inf"), 0.0, new_max)
-        if FOLD:
-            exponent = s - offset[:, None]
-        else:
-            exponent = qk * exponent_scale - offset[:, None]
-        moved = row_max - offset
-        if NATURAL:
-            exponent = exponent * LOG2E
-            moved = moved * LOG2E
-        p = tl.exp2(exponent)  # [BLOCK_M, BLOCK_N]
-        rescale = tl.exp2(moved)
-        if MULTIPLY and not RENORM:
-            total = total * rescale + tl.sum(p, 1)
-        if MULTIPLY:
-            p = p * weight
-        mass = tl.sum(p, 1)
-        if RENORM or not MULTIPLY:
-            total = total * rescale + mass
-        if ROW_STATS:
-            if MULTIPLY:
-                exponent += tl.log2(weight)
-                largest = tl.maximum(largest * rescale, tl.max(p, 1))
-            moved = tl.where(row_max == -float("inf"), 0.0, moved)
-            log_sum = rescale * (log_sum + gated_total * moved) + tl.sum(tl.where(p > 0.0, p * exponent, 0.0), 1)
-            gated_total = gated_total * rescale + mass
-            squares = squares * (rescale * rescale) + tl.sum(p * p, 1)
-        row_max = new_max
+                if GATE != 0:
+                    left = count - n0 if BOUNDARY else BLOCK_N
+                    key_score = load_row(B + b64 * num_keys + n0, left, BLOCK_N, THREADS)  # [BLOCK_N]
+                if BOUNDARY:
+                    if HAS_BOUNDS:
+                        seen = sees(offs_n[None, :], start[:, None], end[:, None], sink[:, None])
+                    else:
+                        seen = inside_n[None, :]
+                    if MULTIPLY and RENORM:
+                        seen = seen & ((gate_base(a, key_score, GATE, False) > 0.0) | (qk != qk))
+                    qk = tl.where(seen, qk, -float("inf"))
+                if GATE != 0:
+                    base = gate_base(a, key_score, GATE, False)  # [BLOCK_M or 1, BLOCK_N]
+                if MULTIPLY:
+                    weight = gate_weight(base, strength, POWER)
+                if FOLD:
+                    bias = strength * tl.log2(base)
+                    if NATURAL:
+                        bias = bias * LN2
+                    s = qk * exponent_scale + bias
+                    new_max = tl.maximum(row_max, tl.max(s, 1))
+                else:
+                    new_max = tl.maximum(row_max, tl.max(qk, 1) * exponent_scale)
+                offset = tl.where(new_max == -float("inf"), 0.0, new_max)
+                if FOLD:
+                    exponent = s - offset[:, None]
+                else:
+                    exponent = qk * exponent_scale - offset[:, None]
+                moved = row_max - offset
+                if NATURAL:
+                    exponent = exponent * LOG2E
+                    moved = moved * LOG2E
+                p = tl.exp2(exponent)  # [BLOCK_M, BLOCK_N]
+                rescale = tl.exp2(moved)
+                if MULTIPLY and not RENORM:
+                    total = total * rescale + tl.sum(p, 1)
+                if MULTIPLY:
+                    p = p * weight
+                mass = tl.sum(p, 1)
+                if RENORM or not MULTIPLY:
+                    total = total * rescale + mass
+                if ROW_STATS:
+                    if MULTIPLY:
+                        exponent += tl.log2(weight)
+                        largest = tl.maximum(largest * rescale, tl.max(p, 1))
+                    moved = tl.where(row_max == -float("inf"), 0.0, moved)
+                    logs = tl.where(p > 0.0, p * exponent, 0.0)  # [BLOCK_M, BLOCK_N]
+                    log_sum = rescale * (log_sum + gated_total * moved) + tl.sum(logs, 1)
+                    gated_total = gated_total * rescale + mass
+                    squares = squares * (rescale * rescale) + tl.sum(p * p, 1)
+                row_max = new_max
 
-        acc = acc * rescale[:, None]
-        if DESCRIPTORS:
-            v = V.load([b, bh % heads, n0, 0]).reshape([BLOCK_N, BLOCK_DV])
-        else:
-            inside_v = inside_n[:, None]
-            if DV != BLOCK_DV:
-                inside_v = inside_v & (offs_dv < DV)[None, :]
-            v = tl.load(p_v + n0.to(tl.int64) * stride_vn, mask=inside_v, other=0.0)  # [BLOCK_N, BLOCK_DV]
-        if P_SCALE != 1:
-            p = p * P_SCALE
-        acc = tl.dot(p.to(v.dtype), v, acc, input_precision=PRECISION)
+                acc = acc * rescale[:, None]
+                if DESCRIPTORS:
+                    v = V.load([b, bh % heads, n0, 0]).reshape([BLOCK_N, BLOCK_DV])
+                else:
+                    v = load_tile(p_v + n0.to(tl.int64) * stride_vn, inside_n, offs_dv, DV, BLOCK_DV, BOUNDARY)
+                if P_SCALE != 1:
+                    p = p * P_SCALE
+                acc = tl.dot(p.to(v.dtype), v, acc, input_precision=PRECISION)
 
     alive = total != 0.0  # also where it is NaN
     inverse = tl.where(alive, 1.0 / tl.where(alive, total, 1.0), 0.0)

@@ -8,7 +8,6 @@ from torch import Tensor
 
 from .._operands import check_attention, expect
 from .._triton.configurations import Config, config
-from .._triton.primitives import tile_max_kernel
 from .._triton.problem import Problem, batch_stride, problem, query_reach
 from .._triton.runtime import block_dim, capability, heads_last, launch, readable, strides
 from .compaction import Kept
@@ -40,19 +39,13 @@ def forward(
         return out.zero_(), lse.fill_(-torch.inf), stats.zero_()
     p, v, kept = _compacted(q, k, v, query_score, key_score, dropped_keys, bounds, scale, strength, renormalize)
     width, aligned = max(block_dim(dim), block_dim(value_dim)), dim % 16 == value_dim % 16 == 0
-    c = config("forward_stats" if row_stats else "forward", capability(q.device), q.dtype, width, aligned)
+    c = config("forward_stats" if row_stats else "forward", capability(q.device), q.dtype, width, aligned, p.features)
     descriptors = c.descriptors and kept is None and _describable(p.k) and _describable(v)
-    key_max = None
-    if p.multiplies and p.renormalize:
-        key_max = q.new_empty(batch, triton.cdiv(num_keys, c.block_n), dtype=torch.float32)
-        tiles = key_max.shape[1]
-        args = {"X": p.key_score, "OUT": key_max, "num_keys": num_keys, "tiles": tiles, "BLOCK_N": c.block_n}
-        launch(tile_max_kernel, (tiles * batch,), args, num_warps=1)
     args = {
         "Q": p.q,
         "K": _descriptor(p.k, c.block_n, block_dim(dim)) if descriptors else p.k,
         "V": _descriptor(v, c.block_n, block_dim(value_dim)) if descriptors else v,
-        "KEY_MAX": key_max, "OUT": out, "LSE": lse, "STATS": stats if row_stats else None,
+        "OUT": out, "LSE": lse, "STATS": stats if row_stats else None,
         **strides("q", p.q), **strides("k", p.k), **strides("v", v), **strides("o", out),
         "batch": batch,
         "D": dim, "DV": value_dim, "BLOCK_D": block_dim(dim), "BLOCK_DV": block_dim(value_dim),
@@ -116,13 +109,13 @@ def backward(
         **p.shared,
     }  # fmt: skip
 
-    c = config("grad_query", capability(q.device), q.dtype, width, aligned)
+    c = config("grad_query", capability(q.device), q.dtype, width, aligned, p.features)
     args = {**shared, **_blocks(c), "GRAD_Q": grad_q, "GRAD_A": grad_a, **strides("x", grad_q)}
     launch(grad_query_kernel, (triton.cdiv(num_queries, c.block_m) * batch * heads,), args, **c.options)
     if p.sign != 1:
         grad_q *= p.sign
 
-    c = config("grad_key", capability(q.device), q.dtype, width, aligned)
+    c = config("grad_key", capability(q.device), q.dtype, width, aligned, p.features)
     reach = query_reach(p, c.block_m)
     args = {
         **shared, **_blocks(c), "REACH": reach, "reach_stride_b": batch_stride(reach),

@@ -124,7 +124,7 @@ def received_attention(
     if num_queries == 0:
         return mean.zero_(), m2.zero_()
     p = problem(q, k, query_score, key_score, bounds, scale, strength, True)
-    c = config("received", capability(q.device), q.dtype, block_dim(dim))
+    c = config("received", capability(q.device), q.dtype, block_dim(dim), features=p.features)
     reach = query_reach(p, c.block_m)
     shared = {name: value for name, value in p.shared.items() if name not in ("KEY_COUNT", "HAS_COUNT", "RENORM")}
     args = {

@@ -217,6 +217,7 @@ def test_a_table_of_tiles_is_made_of_what_is_faster() -> None:
             row("grad_key, D=64", table=1.0)]  # fmt: skip
     (found,) = tuning.tuned({"rows": rows})
     assert (found["pass"], found["width"], found["dtype"]) == ("forward", 64, "bfloat16")
+    assert found["features"] == ["gate"]
     assert found["config"] == {"block_m": 128, "block_n": 64, "num_warps": 8, "num_stages": 3, "registers": 0,
                                "descriptors": False}  # fmt: skip
 

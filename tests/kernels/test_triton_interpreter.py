@@ -1,7 +1,7 @@
 """The Triton kernels run by Triton's interpreter, values and gradients against the float64 reference.
 
-fp32 and fp16 only: in bf16 the interpreter multiplies the raw bits. Without TRITON_INTERPRET the kernels are compiled
-when they are imported, so the cases run in a process of their own.
+fp32, fp16 and bf16, whose products and rounding ``helpers.interpreter`` mends. Without TRITON_INTERPRET the kernels are
+compiled when they are imported, so the cases run in a process of their own.
 """
 
 from __future__ import annotations
@@ -23,9 +23,12 @@ if not INSIDE:
         run_interpreted(__file__)
 
 else:
+    import triton
+    import triton.language as tl
     from helpers.accuracy import assert_accurate
     from helpers.attention_cases import GATES, Case, _caller, check, draw, evaluate
-    from helpers.interpreter import sequential_products
+    from helpers.interpreter import checked_addresses, sequential_products
+    from triton.runtime.errors import InterpreterError
 
     from gate4d import MotionGate, TokenLayout, Visibility
     from gate4d.kernels._triton.configurations import PASSES, Config, override
@@ -38,8 +41,9 @@ else:
     from gate4d.kernels.received_attention.reference import received_attention as received_reference
 
     sequential_products()
+    checked_addresses()
 
-    HALF, SINGLE = torch.float16, torch.float32
+    BF16, HALF, SINGLE = torch.bfloat16, torch.float16, torch.float32
     SMALL = {"batch": 1, "queries": 50, "keys": 47}
     SAME = {"batch": 2, "heads": 1, "queries": 65, "keys": 65}
     CASES = [
@@ -79,6 +83,11 @@ else:
         Case("pairwise", "full", SINGLE, logit_scale=30.0, **SAME),
         Case("keys", "full", SINGLE, logit_scale=40.0, dim=64, **SAME),
         Case("pairwise_1.7", "window", SINGLE, logit_scale=30.0, **SMALL),
+        Case("none", "window", BF16, **SMALL),
+        Case("pairwise", "intervals", BF16, dim=48, **SAME),
+        Case("keys", "full", BF16, logit_scale=8.0, **SMALL),
+        Case("pairwise_1.7", "full", BF16, **SMALL),
+        Case("dropped_and_gated", "packed", BF16, memory="qkv", **SAME),
     ]
 
     @pytest.fixture(autouse=True)
@@ -164,6 +173,31 @@ else:
                     grads = triton_launch.backward(torch.ones_like(out), None, *x, out, lse, *args, True)
                     assert all(g.isfinite().all() for g in grads)
                     assert_close(grads[2].float(), torch.full_like(grads[2].float(), 5 / 3), rtol=2 * tolerance, atol=0)
+
+    @pytest.mark.filterwarnings("ignore::RuntimeWarning")
+    @pytest.mark.parametrize("dtype", [SINGLE, HALF, BF16], ids=str)
+    @pytest.mark.parametrize("above", [10.0, 30.0, 500.0])
+    @pytest.mark.parametrize("gate", ["pairwise", "keys"])
+    @pytest.mark.parametrize("visible", ["full", "intervals"])
+    def test_keys_without_weight_above_all_others(gate: str, visible: str, above: float, dtype: torch.dtype) -> None:
+        """In tiles that every query sees in full, where they raise the maximum: by little, by much, beyond every range.
+        The first 32 queries are a tile of their own that no such key has to do with."""
+        rows, keys, dim = 70, 70, 16
+        q, k, v = (torch.randn(1, 2, n, dim).to(dtype) for n in (rows, keys, keys))
+        q[..., 0], k[..., 0] = 1, 0
+        k[:, :, 20:30, 0] = 4 * above  # natural units, at the scale below
+        a, b = torch.rand(1, rows), torch.rand(1, keys)
+        b[:, 20:30] = 1
+        a[:, 32:] = (torch.arange(rows - 32) % 3 > 0).float()
+        index = torch.arange(rows, dtype=torch.int32)
+        bounds = torch.stack([index // 40, index * 0 + 66, index * 0 + 3])[None] if visible == "intervals" else None
+        gated = (a if gate == "pairwise" else None, b, None, bounds, 0.25, 1.0, True)
+        got = triton_launch.forward(q, k, v, *gated, True)
+        exact = attention_reference(q.double(), k.double(), v.double(), *gated)
+        fair = attention_reference(q.float(), k.float(), v.float(), *gated)
+        for name, *values in zip(("out", "lse", "stats"), got, exact, fair, strict=True):
+            values[2] = values[2].to(dtype).float() if name == "out" else values[2]
+            assert_accurate(name, *values)
 
     @pytest.mark.filterwarnings("ignore::RuntimeWarning")
     def test_gradients_at_any_scale_are_finite() -> None:
@@ -314,6 +348,27 @@ else:
                 results.append((out, lse, *grads, *received, *cross))
         assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
         assert all(x.isfinite().all() for x in results[0])
+
+    @triton.jit
+    def _shifted_copy(X, Y, n, LOAD_AT: tl.constexpr, STORE_AT: tl.constexpr, BLOCK: tl.constexpr):
+        lane = tl.arange(0, BLOCK)
+        x = tl.load(X + lane + LOAD_AT, mask=lane < n, other=0.0)
+        tl.store(Y + lane + STORE_AT, x, mask=lane < n)
+
+    def test_addresses_outside_of_the_tensors_are_noticed() -> None:
+        """What the other tests of this file rely on."""
+        x, y = torch.randn(20), torch.zeros(20)
+        _shifted_copy[(1,)](x, y, 20, 0, 0, 32)
+        assert torch.equal(x, y)
+        for n, load_at, store_at in ((21, 0, 0), (20, -1, 0), (20, 0, 1)):
+            with pytest.raises(InterpreterError, match=r"1 of 2\d addresses are outside of every tensor"):
+                _shifted_copy[(1,)](torch.randn(20), y[:20], n, load_at, store_at, 32)
+
+    def test_bfloat16_is_rounded_as_torch_does() -> None:
+        x = torch.cat([torch.randn(29) * 100, torch.tensor([torch.nan, torch.inf, 2**-133])])
+        y = torch.empty(32, dtype=BF16)
+        _shifted_copy[(1,)](x, y, 32, 0, 0, 32)
+        assert torch.equal(y.nan_to_num(7), x.to(BF16).nan_to_num(7))
 
     def test_power_code() -> None:
         assert [power_code(s, False) for s in (0.5, 1, 1.5, 2, 3, 4, 5, 0.3)] == [1, 2, 3, 4, 0, 0, 0, 0]
