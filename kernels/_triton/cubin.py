@@ -149,7 +149,7 @@ def _serialized(ptx: str) -> bool:
     with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
         file.write(ptx)
         file.flush()
-        command = [_TOOLS / "ptxas", "--gpu-name=sm_90a", file.name, "-o", "/dev/null"]
+        command = [str(_TOOLS / "ptxas"), "--gpu-name=sm_90a", file.name, "-o", "/dev/null"]
         said = subprocess.run(command, check=True, capture_output=True, text=True).stderr
     return "serializ" in said
 

@@ -200,8 +200,8 @@ def rows(
         for launch in launches(capability, dtype, dim, variant, only):
             key = kernel_name(launch), dim, str(variant) if each else ""
             found.setdefault(key, Row(launch, [])).cubins.append(store.compile(launch, capability))
-    for (kernel, dim, variant), row in found.items():
-        yield kernel, dim, variant or str(len(row.cubins)), row
+    for (kernel, dim, named), row in found.items():
+        yield kernel, dim, named or str(len(row.cubins)), row
 
 
 def main(argv: Sequence[str] | None = None) -> int:
