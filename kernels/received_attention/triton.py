@@ -12,6 +12,7 @@ from .._triton.configurations import config
 from .._triton.primitives import (
     gate_base,
     load_row,
+    load_tile,
     merge_moments,
     probability,
     query_tiles,
@@ -62,40 +63,48 @@ def received_kernel(
     m2 = tl.zeros([BLOCK_N], tl.float32)
     p_q = Q + b64 * stride_qb + h * stride_qh + lane_m[:, None] * stride_qn + offs_d[None, :]
     p_row = bh.to(tl.int64) * num_queries
-    for tile in range(first, last):
-        m0 = tile * BLOCK_M
-        left = num_queries - m0
-        inside_m = lane_m < left
-        inside_q = inside_m[:, None] & inside_d
-        q = tl.load(p_q + m0.to(tl.int64) * stride_qn, mask=inside_q, other=0.0)  # [BLOCK_M, BLOCK_D]
-        lse = row_lse(load_row(LSE + p_row + m0, left, BLOCK_M, THREADS), NATURAL)
-        x = tl.dot(k, tl.trans(q), input_precision=PRECISION) * exponent_scale - lse[None, :]  # [BLOCK_N, BLOCK_M]
-        partial = left < BLOCK_M
-        if HAS_BOUNDS:
-            start_max = tl.load(p_reach + 3 * tiles + tile)
-            end_min = tl.load(p_reach + 4 * tiles + tile)
-            sink_min = tl.load(p_reach + 5 * tiles + tile)
-            partial = partial | (not seen_by_all(n0, start_max, end_min, sink_min, BLOCK_N))
-        if partial:
-            seen = inside_m[None, :]
-            if HAS_BOUNDS:
-                p_bounds = BOUNDS + b64 * bounds_stride_b + m0
-                start = load_row(p_bounds, left, BLOCK_M, THREADS)[None, :]
-                end = load_row(p_bounds + num_queries, left, BLOCK_M, THREADS)[None, :]
-                sink = load_row(p_bounds + 2 * num_queries, left, BLOCK_M, THREADS)[None, :]
-                key = offs_n[:, None]
-                seen = seen & sees(key, start, end, sink)
-            x = tl.where(seen, x, -float("inf"))
-        if GATE == 2:
-            a = load_row(A + b64 * num_queries + m0, left, BLOCK_M, THREADS)
+    # Only the last tile of queries can have rows past the end: by itself it leaves the others without a mask of them.
+    whole = tl.minimum(last, num_queries // BLOCK_M)
+    for END in tl.static_range(2):
+        if END:
+            start_tile, end_tile = tl.maximum(first, whole), last
         else:
-            a = 0.0
-        if GATE != 0:
-            base = gate_base(a, key_score, GATE, True)
-        else:
-            base = 1.0
-        p, _ = probability(x, base, strength, GATE, POWER, True, NATURAL)  # [BLOCK_N, BLOCK_M]
-        count, mean, m2 = merge_moments(count, mean, m2, p, left, lane_m, BLOCK_M)
+            start_tile, end_tile = first, whole
+        if start_tile < end_tile:  # see forward_kernel
+            for tile in range(start_tile, end_tile):
+                m0 = tile * BLOCK_M
+                left = num_queries - m0 if END else BLOCK_M
+                inside_m = lane_m < left
+                q = load_tile(
+                    p_q + m0.to(tl.int64) * stride_qn, inside_m, offs_d, D, BLOCK_D, END
+                )  # [BLOCK_M, BLOCK_D]
+                lse = row_lse(load_row(LSE + p_row + m0, left, BLOCK_M, THREADS), NATURAL)
+                x = (
+                    tl.dot(k, tl.trans(q), input_precision=PRECISION) * exponent_scale - lse[None, :]
+                )  # [BLOCK_N, BLOCK_M]
+                if HAS_BOUNDS:
+                    start_max = tl.load(p_reach + 3 * tiles + tile)
+                    end_min = tl.load(p_reach + 4 * tiles + tile)
+                    sink_min = tl.load(p_reach + 5 * tiles + tile)
+                    if END or not seen_by_all(n0, start_max, end_min, sink_min, BLOCK_N):
+                        p_bounds = BOUNDS + b64 * bounds_stride_b + m0
+                        start = load_row(p_bounds, left, BLOCK_M, THREADS)[None, :]
+                        end = load_row(p_bounds + num_queries, left, BLOCK_M, THREADS)[None, :]
+                        sink = load_row(p_bounds + 2 * num_queries, left, BLOCK_M, THREADS)[None, :]
+                        seen = inside_m[None, :] & sees(offs_n[:, None], start, end, sink)
+                        x = tl.where(seen, x, -float("inf"))
+                elif END:
+                    x = tl.where(inside_m[None, :], x, -float("inf"))
+                if GATE == 2:
+                    a = load_row(A + b64 * num_queries + m0, left, BLOCK_M, THREADS)
+                else:
+                    a = 0.0
+                if GATE != 0:
+                    base = gate_base(a, key_score, GATE, True)
+                else:
+                    base = 1.0
+                p, _ = probability(x, base, strength, GATE, POWER, True, NATURAL)  # [BLOCK_N, BLOCK_M]
+                count, mean, m2 = merge_moments(count, mean, m2, p, left, lane_m, BLOCK_M)
     # The queries of the tiles that were skipped count with probability 0.
     everyone = num_queries * 1.0
     m2 += mean * mean * (count * (everyone - count) / everyone)

@@ -50,6 +50,8 @@ def hot(c: Cubin, *opcodes: str) -> int:
         (HOPPER, 64, PAIRWISE, QUERY, 515, 10),  # 128 x 64
         (HOPPER, 64, PAIRWISE, KEY, 371, 10),  # 32 x 128
         (HOPPER, 64, KEYS, KEY, 413, 14),
+        (HOPPER, 64, PAIRWISE, RECEIVED, 425, 8),  # 64 x 128
+        (HOPPER, 128, KEYS, RECEIVED, 318, 16),  # 64 x 64
         (AMPERE, 64, PAIRWISE, FORWARD, 457, 30),  # 128 x 64
         (CONSUMER, 128, PAIRWISE, FORWARD, 370, 20),  # 128 x 32
         (ADA, 64, PAIRWISE, QUERY, 347, 6),  # 128 x 32
@@ -65,6 +67,8 @@ def test_hot_path(capability, dim, variant, kernel, instructions, loads) -> None
     tile = launches(capability, BF16, dim, variant, (kernel,))[0].args
     scores = tile["BLOCK_M"] * tile["BLOCK_N"] // tile["THREADS"]
     assert scores <= hot(c, "MUFU") <= scores + 4 or variant == STATS
+    if kernel == RECEIVED:  # a row of lse is looked at once a column, which is less than once a score
+        assert hot(c, "FSEL") < scores
     if kernel == FORWARD:  # no mask: a select a score would be there with one; the two are the rows' maxima
         assert variant == STATS or hot(c, "FSEL") <= 4
         assert hot(c, "BAR") <= 3
