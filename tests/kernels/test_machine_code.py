@@ -50,8 +50,8 @@ def hot(c: Cubin, *opcodes: str) -> int:
         (HOPPER, 64, PAIRWISE, QUERY, 515, 10),  # 128 x 64
         (HOPPER, 64, PAIRWISE, KEY, 371, 10),  # 32 x 128
         (HOPPER, 64, KEYS, KEY, 413, 14),
-        (HOPPER, 64, PAIRWISE, RECEIVED, 425, 8),  # 64 x 128
-        (HOPPER, 128, KEYS, RECEIVED, 318, 16),  # 64 x 64
+        (HOPPER, 64, PAIRWISE, RECEIVED, 450, 8),  # 64 x 128
+        (HOPPER, 128, KEYS, RECEIVED, 375, 16),  # 64 x 64
         (AMPERE, 64, PAIRWISE, FORWARD, 457, 30),  # 128 x 64
         (CONSUMER, 128, PAIRWISE, FORWARD, 370, 20),  # 128 x 32
         (ADA, 64, PAIRWISE, QUERY, 347, 6),  # 128 x 32
