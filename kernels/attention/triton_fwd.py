@@ -116,9 +116,8 @@ def forward_kernel(
             steps = sink_tiles - full_sinks + last - first - (full_last - full_first)
         else:
             steps = full_sinks + full_last - full_first
-        if (
-            steps > 0
-        ):  # else a jump over the loop would write zeros where an asynchronous product may still write (C7515)
+        # Else a jump over the loop would write zeros where an asynchronous product may still write (C7515).
+        if steps > 0:
             for step in range(0, steps):
                 if BOUNDARY:
                     tile = boundary_tile(step, first, sink_tiles, full_first, full_last, full_sinks)
