@@ -124,7 +124,8 @@ def patch(model: nn.Module, method: str | None = None, **options: Any) -> Handle
         model: any model with attention modules of a known structure; see :func:`gate4d.inspect`.
         method: name of a registered method, or None.
         **options: ``window``, ``anchors`` (frames that StreamVGGT's cache keeps while it streams, see
-            :class:`gate4d.nn.FrameKVCache`); others, and those that the method has itself, go to the method.
+            :class:`gate4d.nn.FrameKVCache`), or ``budget``, ``policy``, ``anchors``, ``specials`` (tokens it keeps, see
+            :class:`gate4d.nn.TokenKVCache`); others, and those that the method has itself, go to the method.
 
     Raises:
         TypeError: an option is unknown.
@@ -136,7 +137,7 @@ def patch(model: nn.Module, method: str | None = None, **options: Any) -> Handle
         UserWarning: modules of an unknown kind attend, and stay as they are; the table lists them.
     """
     factory = None if method is None else _method(method)
-    names = {f.name for f in fields(Options)} - set(getattr(factory, "takes", ()))
+    names = {f.name for f in fields(Options) if f.init} - set(getattr(factory, "takes", ()))
     own = Options(**{n: v for n, v in options.items() if n in names})
     rest = {n: v for n, v in options.items() if n not in names}
     if rest and factory is None:
@@ -153,9 +154,10 @@ def _install(model: nn.Module, own: Options, factory: Callable[..., Method] | No
     if table.problems or not table.rows:
         what = "it has no attention that is known" if not table.rows and not table.problems else "it does not fit"
         raise ValueError(f"model cannot be patched: {what}. Found:\n{table}")
-    if own.window is not None and not any(row.adapter.windowed(row.module) for row in table.rows):
+    bounded = own.window is not None or own.budget is not None
+    if bounded and not any(row.adapter.windowed(row.module) for row in table.rows):
         raise ValueError(
-            "window and anchors need a model with a key/value cache that they bound (StreamVGGT's attention with "
+            "window and budget need a model with a key/value cache that they bound (StreamVGGT's attention with "
             f"positions), found {list(table.families)}; STream3R's session has a window of its own, mode='window'."
         )
     new = [(row.module, row.adapter.attribute, row.adapter(row.module, row.traits, own)) for row in table.rows]

@@ -13,7 +13,7 @@ import itertools
 import threading
 from collections import OrderedDict
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
@@ -23,8 +23,10 @@ from torch import Tensor, nn
 from ..nn.attention import fused_heads, split_heads, split_qkv
 from ..nn.cache import FrameKVCache, Slot
 from ..nn.control import AttentionControl
+from ..nn.eviction import LayerBudgets, Policy, Score, policy_of
 from ..nn.norm_rope import fuses
 from ..nn.rope import RoPE2D
+from ..nn.token_cache import TokenKVCache
 from ..visibility import Visibility
 from .masks import recognise
 
@@ -57,19 +59,59 @@ class Options:
 
     Attributes:
         window: frames a streaming model's cache keeps, the current one included; None keeps all, as upstream does.
-        anchors: leading frames kept beside the window.
+        anchors: leading frames kept beside the window, or that never leave a cache with a budget; None is 0, or what
+            the policy says.
+        budget: tokens a head that a layer's cache keeps, on average over the layers; see
+            :class:`gate4d.nn.TokenKVCache`.
+        policy, specials: of that cache; None is "infinite".
+        layers: the budgets of the streams that run, made here.
 
     Raises:
-        ValueError: a number is out of range, or there are anchors without a window.
+        ValueError, TypeError: a number is out of range, or an option has no effect without another.
     """
 
     window: int | None = None
-    anchors: int = 0
+    anchors: int | None = None
+    budget: int | None = None
+    policy: str | Policy | Score | None = None
+    specials: int = 0
+    layers: StreamBudgets = field(default_factory=lambda: StreamBudgets(), init=False, compare=False, repr=False)
 
     def __post_init__(self) -> None:
-        FrameKVCache(self.window, anchors=self.anchors)  # raises where the cache would, but before the first frame
-        if self.anchors and self.window is None:
-            raise ValueError(f"anchors={self.anchors} has no effect without a window: a cache without one keeps all.")
+        # Raises where the cache would, but before the first frame.
+        FrameKVCache(self.window, anchors=self.anchors or 0)
+        if self.budget is None:
+            if self.policy is not None or self.specials:
+                raise ValueError("policy and specials belong to a budget: give budget=TOKENS, too.")
+            if self.anchors and self.window is None:
+                raise ValueError(
+                    f"anchors={self.anchors} has no effect without a window: a cache without one keeps all."
+                )
+            return
+        if self.window is not None:
+            raise ValueError('give window or budget, not both: a window in tokens is policy="window".')
+        object.__setattr__(self, "policy", policy_of("infinite" if self.policy is None else self.policy))
+        TokenKVCache(self.budget, self.policy, anchors=self.anchors, specials=self.specials)
+        self.layers.budget, self.layers.by_diversity = self.budget, self.policy.by_diversity
+
+
+class StreamBudgets:
+    """The budgets that the layers of a model share, of each stream anew."""
+
+    def __init__(self) -> None:
+        self.budget, self.by_diversity = 1, False
+        self._newest: LayerBudgets | None = None
+        self._members: set[int] = set()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_newest": None, "_members": set()}  # the layers of a copy are others
+
+    def of_stream(self, layer: object) -> LayerBudgets:
+        """What the layer's new cache shares: a stream begins when a layer asks that has part in the newest one."""
+        if self._newest is None or id(layer) in self._members:
+            self._newest, self._members = LayerBudgets(self.budget, by_diversity=self.by_diversity), set()
+        self._members.add(id(layer))
+        return self._newest
 
 
 class PatchedAttention(AttentionControl):
@@ -104,7 +146,7 @@ class PatchedAttention(AttentionControl):
 
     @classmethod
     def windowed(cls, module: nn.Module) -> bool:
-        """Whether the options ``window`` and ``anchors`` apply to the module."""
+        """Whether the options of a cache (``window``, ``budget``, ...) apply to the module."""
         return False
 
     @staticmethod

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ..nn.cache import FrameKVCache
+from ..nn.token_cache import TokenKVCache
 from ..visibility import TokenLayout, Visibility
 from .base import PatchedAttention, Sample
 
@@ -24,6 +25,10 @@ class StreamCache(FrameKVCache):
     """A cache that knows the positions of its frames ``[B, P, 2]``."""
 
     positions: Tensor | None = None
+
+
+class StreamTokenCache(TokenKVCache, StreamCache):
+    """The same with a budget of tokens."""
 
 
 class CachedTensor:
@@ -78,8 +83,10 @@ class CachedTensor:
         """The keys or values held, oldest slot first, as one new tensor.
 
         Raises:
-            RuntimeError: frames were appended to the cache since this object was returned.
+            RuntimeError: frames were appended to the cache since this object was returned, or tokens have left it.
         """
+        if self.cache.evicted:
+            raise RuntimeError("tokens have left this cache: it holds no whole frames that a tensor could be made of.")
         if self.seen != self.cache.frames_seen:
             raise RuntimeError("this is the state of a cache to which frames were appended since: use the newest one.")
         whole = torch.cat([page[self.part] for page in self.cache.pages()], dim=2)
@@ -164,8 +171,9 @@ class StreamVggtSelf(_Streaming):
     """``attn(x, pos=None, attn_mask=None, past_key_values=None, use_cache=False)``; with a cache also returns it.
 
     The cache is a pair with the shape ``[B, H, frames, P, D]``. One started by the unpatched model (raw keys) is
-    taken over; one started here cannot go on unpatched. ``window`` and ``anchors`` of the patch apply to the cache of
+    taken over; one started here cannot go on unpatched. ``window`` or ``budget`` of the patch apply to the cache of
     attention with positions: not to the camera head, whose entries are no frames, and not to a clip given at once.
+    Once tokens have left, ``frames`` counts those seen.
     """
 
     family = "streamvggt"
@@ -191,8 +199,13 @@ class StreamVggtSelf(_Streaming):
         return getattr(module, "rope", None) is not None
 
     def new_cache(self) -> StreamCache:
-        bounded = self.windowed(self.module)
-        return StreamCache(self.options.window, anchors=self.options.anchors) if bounded else StreamCache()
+        options = self.options
+        if not self.windowed(self.module):
+            return StreamCache()
+        if options.budget is None:
+            return StreamCache(options.window, anchors=options.anchors or 0)
+        settings = {"anchors": options.anchors, "specials": options.specials}
+        return StreamTokenCache(options.layers.of_stream(self), options.policy, **settings)
 
     def resume(self, past: tuple | None, pos: Tensor | None) -> StreamCache:
         if past is None:

@@ -25,6 +25,10 @@ class Pages:
     """
 
     def __init__(self) -> None:
+        self.clear()
+
+    def clear(self) -> None:
+        """No page any more."""
         self.tensors: list[tuple[Tensor, Tensor]] = []
         self.sizes: list[int] = []
         self.ids: list[list[int]] = []

@@ -129,6 +129,11 @@ class FrameKVCache:
         return self._next_id
 
     @property
+    def evicted(self) -> bool:
+        """Whether tokens have left out of frames that are held: never in a cache of whole frames."""
+        return False
+
+    @property
     def nbytes(self) -> int:
         """Bytes reserved for K and V."""
         return self._pages.nbytes
@@ -248,29 +253,40 @@ class FrameKVCache:
 
         ``gate`` has key scores ``[B, num_tokens]`` in storage order. Pages are merged through their lse: exact.
         """
+        return self._over_pages(q, gate, scale, backend, False)[0]
+
+    def _over_pages(
+        self, q: Tensor, gate: MotionGate | None, scale: float | None, backend: str, with_lse: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """The attention and, if asked for, its lse ``[B, H, Nq]``."""
         dtype, start, merged = q.dtype, 0, None
         pages = self.pages()
         if not pages:
             raise ValueError("the cache is empty: append a frame before attending.")
-        if self._open is not None:
-            raise RuntimeError("the slot that was claimed last is not committed: its frame may not be written yet.")
+        self._check_committed()
         for name in ("key_score", "dropped_keys"):
             x = getattr(gate, name, None)
             if x is not None and x.shape[-1] != self.num_tokens:
                 raise ValueError(f"gate.{name} must have {self.num_tokens} keys, got {x.shape[-1]}.")
         for number, (k, v) in enumerate(pages):
-            part = _keys_of(gate, start, start + k.shape[2])
+            part = keys_of(gate, start, start + k.shape[2])
             start += k.shape[2]
             own = self.token_causal and not self.frozen and number == self._newest.page
             if own and capturing(q):
                 raise RuntimeError("a token-causal cache cannot be captured: what a query sees depends on the slot.")
             visible = self._up_to_itself(q.shape[2], k.shape[2]) if own else None
             call = {"gate": part, "visible": visible, "scale": scale, "backend": backend}
-            if len(pages) == 1:
-                return gated_attention(q.to(k.dtype), k, v, **call).to(dtype)
+            if len(pages) == 1 and not with_lse:
+                return gated_attention(q.to(k.dtype), k, v, **call).to(dtype), None
             out, aux = gated_attention(q.to(k.dtype), k, v, return_aux=True, **call)
+            if len(pages) == 1:
+                return out.to(dtype), aux.lse
             merged = merge(merged, (out.float(), aux.lse))
-        return merged[0].to(dtype)
+        return merged[0].to(dtype), merged[1]
+
+    def _check_committed(self) -> None:
+        if self._open is not None:
+            raise RuntimeError("the slot that was claimed last is not committed: its frame may not be written yet.")
 
     def _up_to_itself(self, queries: int, keys: int) -> Visibility:
         """Of the newest frame's page: every other slot, and of the frame's own slot the tokens up to the query's."""
@@ -341,7 +357,8 @@ def _check_frames(k: Tensor, v: Tensor, frames: int) -> None:
         raise ValueError(f"k and v must hold {frames} frames, got {list(k.shape)} and {list(v.shape)}.")
 
 
-def _keys_of(gate: MotionGate | None, start: int, end: int) -> MotionGate | None:
+def keys_of(gate: MotionGate | None, start: int, end: int) -> MotionGate | None:
+    """The gate for some of the keys."""
     if gate is None:
         return None
     key, drop = gate.key_score, gate.dropped_keys

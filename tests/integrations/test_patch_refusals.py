@@ -105,7 +105,7 @@ def test_patched_twice():
 def test_options_and_methods():
     model = vggt.Vggt()
     refused(
-        model, TypeError, r"unknown options \['colour'\]; without a method there are \['anchors', 'window'\]", colour=1
+        model, TypeError, r"unknown options \['colour'\]; without a method there are \['anchors', 'budget', 'policy', 'specials', 'window'\]", colour=1
     )
     needs = "window and anchors need a model with a key/value cache"
     refused(model, ValueError, needs, window=3)

@@ -1,5 +1,6 @@
 """Streaming loops of StreamVGGT and STream3R, statistics of TTT3R and Easi3R, and real checkouts where present."""
 
+import copy
 import json
 import os
 import subprocess
@@ -10,6 +11,7 @@ import pytest
 import torch
 from helpers.upstream import PeakBytes
 from standins import croco, vggt
+from torch.utils._pytree import tree_leaves
 
 import gate4d
 from gate4d.integrations.croco import Easi3rMaps, mean_over_keys, mean_over_queries
@@ -191,3 +193,55 @@ def test_real_checkout(name):
         assert result["restored"], run
     if "3R" in name and name not in ("DUST3R", "EASI3R", "STREAM3R"):  # CUT3R and its forks, encoders included
         assert {"cut3r"} <= set(report["families"]) <= {"cut3r", "ttt3r"}
+
+
+def same(results, others):
+    return all(torch.equal(a, b) for a, b in zip(tree_leaves(results), tree_leaves(others), strict=True))
+
+
+@pytest.mark.parametrize("policy", ["infinite", "xstream", "evict3r", "frame", "window"])
+def test_a_budget_of_tokens(policy):
+    """One that holds the clip changes nothing, bit for bit; a smaller one bounds memory whatever the frames."""
+    model, frames = vggt.StreamVggt().eval(), list(torch.rand(14, 1, 3, 28, 42))
+    plain, _ = stream(model, frames)
+    whole, past = stream(model, frames, budget=14 * 11, policy=policy)
+    assert same(plain, whole)
+    assert not past[0][0].cache.evicted
+    bounded, past = stream(model, frames, budget=40, policy=policy)
+    assert same(plain[:3], bounded[:3])
+    assert not same(plain[-1], bounded[-1])
+    held = [keys.cache.num_tokens for keys, _ in past]
+    assert sum(held) <= 40 * len(held)
+    assert all(keys.shape == (1, 4, 14, 11, 16) for keys, _ in past)
+    with pytest.raises(RuntimeError, match="tokens have left this cache"):
+        past[0][1].tensor()
+
+
+def test_streams_do_not_share_budgets():
+    model, frames = vggt.StreamVggt().eval(), list(torch.rand(9, 1, 3, 28, 42))
+    with torch.no_grad(), gate4d.patch(model, budget=40):
+        first = model.inference(frames)
+        again = model.inference(frames)
+        copied = copy.deepcopy(model).inference(frames)
+    assert same(first, again)
+    assert same(first, copied)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"policy": "infinite"}, r"policy and specials belong to a budget: give budget=TOKENS, too"),
+        ({"specials": 5}, r"policy and specials belong to a budget"),
+        ({"budget": 40, "window": 3}, r"give window or budget, not both"),
+        ({"budget": 40, "policy": "best"}, r"policy must be one of"),
+        ({"budget": 0}, r"budget must be an int >= 1 \(tokens\), got 0"),
+        ({"anchors": 1}, r"anchors=1 has no effect without a window"),
+    ],
+)
+def test_budgets_that_mean_nothing(options, message):
+    model = vggt.StreamVggt().eval()
+    with pytest.raises(ValueError, match=message):
+        gate4d.patch(model, **options)
+    assert not gate4d.inspect(model).problems
+    with pytest.raises(ValueError, match="window and budget need a model with a key/value cache"):
+        gate4d.patch(vggt.Vggt().eval(), budget=40)
