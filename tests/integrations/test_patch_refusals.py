@@ -104,10 +104,9 @@ def test_patched_twice():
 
 def test_options_and_methods():
     model = vggt.Vggt()
-    refused(
-        model, TypeError, r"unknown options \['colour'\]; without a method there are \['anchors', 'budget', 'policy', 'specials', 'window'\]", colour=1
-    )
-    needs = "window and anchors need a model with a key/value cache"
+    known = r"\['anchors', 'budget', 'policy', 'specials', 'window'\]"
+    refused(model, TypeError, rf"unknown options \['colour'\]; without a method there are {known}", colour=1)
+    needs = "window and budget need a model with a key/value cache"
     refused(model, ValueError, needs, window=3)
     refused(vggt.Stream3r(), ValueError, rf"{needs}.*stream3r.*mode='window'", window=3, anchors=1)
     stream = vggt.StreamVggt()
