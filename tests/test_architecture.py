@@ -21,7 +21,7 @@ ROOMS = (
 )  # fmt: skip
 CORE = ("gates", "visibility", "moments", "checks", "geometry", "functional", "terminal")
 # Where user code, a command, or what a fresh process is to measure is loaded by name.
-LOADERS = {"gate4d.cli.run", "gate4d.cli.main", "gate4d.benchmarks.measure.load"}
+LOADERS = {"gate4d.cli.source", "gate4d.cli.main", "gate4d.models.zoo", "gate4d.benchmarks.measure.load"}
 # What still points the wrong way; nothing does.
 KNOWN: set[str] = set()
 NO_ROOM: set[str] = set()

@@ -16,22 +16,17 @@ import time
 import warnings
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import torch
-from torch import nn
 
 from gate4d.terminal import Show, progress
 
-from .theirs import theirs, watching_for_checkpoints
+from . import source
+from .theirs import theirs
 
-EPILOG = """\
---model takes the name of a shipped model, a file of its weights (.safetensors), MODULE:FACTORY, or with --trust a file
-written by torch.save(model). MODULE:FACTORY imports a Python module (from the current folder, too) and calls FACTORY()
-without arguments; it returns your model with its checkpoint loaded, so a checkout of VGGT, CUT3R, DUSt3R or a relative
-runs as it is. Both run code: use only modules and files that you trust. Weights files hold numbers and are always safe.
-
+EPILOG = f"""\
+{source.EPILOG}
 --out appears when everything is written; a run that fails or is interrupted leaves nothing behind. Methods that stream
 (more, mut3r, ttt3r) read frame by frame: beside the clip itself and its masks, four bytes a pixel, memory does not grow
 with the frames. Of the points a regular sample is kept, four million at most before the uncertain ones are left out.
@@ -50,9 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of the command."""
     parser.epilog, parser.formatter_class = EPILOG, argparse.RawDescriptionHelpFormatter
     parser.add_argument("method", metavar="METHOD", help="easi3r, more, mut3r, ttt3r or vggt4d: see docs/methods.md")
-    parser.add_argument(
-        "--model", required=True, metavar="MODEL", help="name, weights file, or MODULE:FACTORY; see below"
-    )
+    source.add_arguments(parser)
     parser.add_argument(
         "--frames", required=True, metavar="CLIP", help="video file, folder of images, or rendered:SEED"
     )
@@ -76,9 +69,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="NAME=VALUE",
         help="of the method, such as window=8; repeatable",
     )
-    parser.add_argument(
-        "--trust", action="store_true", help="load a model saved whole (torch.save), which runs its code"
-    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -97,7 +87,7 @@ def run(args: argparse.Namespace) -> int:
         progress("loading the model") as show,
     ):
         warnings.simplefilter("always", UserWarning)
-        model = load_model(args.model, args.device, trust=args.trust)
+        model = source.load(args)
         with gate4d.patch(model, method=args.method, **options) as handle:  # refuses before the clip is read
             show("reading the clip")
             if args.patches is None:
@@ -151,67 +141,6 @@ def _counted(images: Iterable[torch.Tensor], show: Show) -> Iterator[torch.Tenso
     for image in images:
         yield image
         show(advance=1)
-
-
-def load_model(spec: str, device: str, *, trust: bool = False) -> nn.Module:
-    """The model that ``--model`` names, in eval mode on ``device``.
-
-    Raises:
-        FileNotFoundError, ImportError: there is no such file or module.
-        TypeError: the factory returned, or the file holds, something else than a module.
-        ValueError: the factory does not exist, or a file that runs code is not trusted.
-        TheirError: the module or the factory raised something.
-
-    Warns:
-        UserWarning: nothing that loads weights was called on the way, so they are random.
-    """
-    module, colon, factory = spec.partition(":")
-    if colon and not Path(spec).exists():
-        if "" not in sys.path:
-            sys.path.insert(0, "")
-        with watching_for_checkpoints() as loaded:
-            make = getattr(_imported(module), factory, None)
-            if not callable(make):
-                raise ValueError(f"--model: module {module!r} has no factory {factory!r} that can be called.")
-            with theirs(f"--model: {spec}()"):
-                model = make()
-        if isinstance(model, nn.Module) and not loaded:
-            warnings.warn(
-                f"--model: {spec} loaded no checkpoint (no torch.load, load_state_dict or safetensors was called): the "
-                "weights are random, unless it has them from elsewhere.",
-                stacklevel=2,
-            )
-    elif Path(spec).suffix in (".pt", ".pth", ".bin", ".ckpt"):
-        if not trust:
-            raise ValueError(
-                f"--model: {spec} is a pickle, which can run any code when it is loaded. If you trust it and it was "
-                "written by torch.save(model), say --trust; for a checkpoint of weights, use MODULE:FACTORY."
-            )
-        if not Path(spec).is_file():
-            raise FileNotFoundError(f"--model: there is no file {spec}.")
-        with theirs(f"--model: loading {spec}", OSError):
-            model = torch.load(spec, map_location=device, weights_only=False)
-    else:
-        from gate4d import models
-
-        return models.load(spec, device)
-    if not isinstance(model, nn.Module):
-        what = "; a checkpoint of weights needs MODULE:FACTORY" if isinstance(model, dict) else ""
-        raise TypeError(f"--model: {spec} must be a torch.nn.Module, got {type(model).__name__}{what}.")
-    return model.to(device).eval()
-
-
-def _imported(module: str) -> ModuleType:
-    if not module:
-        raise ValueError("--model must be MODULE:FACTORY, got no module before the colon.")
-    try:
-        with theirs(f"--model: importing {module}", ModuleNotFoundError):
-            return importlib.import_module(module)
-    except ModuleNotFoundError as e:
-        if e.name is not None and (module == e.name or module.startswith(f"{e.name}.")):
-            raise  # what was asked for is not there
-        with theirs(f"--model: importing {module}"):
-            raise
 
 
 def _clip(args: argparse.Namespace, patch: int):

@@ -81,8 +81,10 @@ def save_weights(
     _safetensors().torch.save_file(tensors, path, metadata=dict(about))
 
 
-def read_safetensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors in fp32 and metadata.
+def read_safetensors(
+    path: str | Path, dtype: torch.dtype | None = torch.float32
+) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors, in ``dtype`` (None: as they are), and metadata.
 
     Raises:
         ImportError: the package safetensors is missing; names the extra.
@@ -90,7 +92,7 @@ def read_safetensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str
     """
     path = Path(path)
     with _opened(path) as file:
-        tensors, about = {name: file.get_tensor(name).float() for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+        tensors, about = {name: file.get_tensor(name).to(dtype) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
     bad = [name for name, x in tensors.items() if not bool(torch.isfinite(x).all())]
     if bad:
         raise WeightsError(f"{path.name} is corrupt: {bad[0]} holds values that are not finite.")
