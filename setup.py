@@ -8,7 +8,7 @@
 - ``cuda``: the CPU kernels, and the CUDA C++ kernel as a library of its own, for the architectures of
   ``TORCH_CUDA_ARCH_LIST`` or the default list below. No GPU has to be visible.
 
-A missing C++ compiler gives a pure-Python install. A CUDA build that is impossible or fails gives one without that
+A C++ compiler that is missing or does not run gives a pure-Python install. A CUDA build that is impossible or fails gives one without that
 library. The reason is kept for ``gate4d info``. A C++ compiler that fails on the CPU sources is an error.
 """
 
@@ -47,6 +47,9 @@ def skip_reason(wanted: str) -> str | None:
     compiler = os.environ.get("CXX", "c++")
     if shutil.which(compiler.split()[0]) is None:
         return f"no C++ compiler: {compiler!r} was not found"
+    # On macOS without the command line tools c++ is there and only says what to install.
+    if subprocess.run([*compiler.split(), "--version"], check=False, capture_output=True).returncode:
+        return f"no C++ compiler: {compiler!r} does not run"
     try:
         import torch  # noqa: F401
     except ImportError:

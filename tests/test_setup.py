@@ -52,6 +52,8 @@ def test_an_unknown_build_is_an_error(setup_file: ModuleType, monkeypatch: pytes
 def test_no_compiler_is_a_reason(setup_file: ModuleType, wanted: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CXX", "nonexistent -O2")
     assert setup_file.skip_reason(wanted) == "no C++ compiler: 'nonexistent -O2' was not found"
+    monkeypatch.setenv("CXX", "false")
+    assert setup_file.skip_reason(wanted) == "no C++ compiler: 'false' does not run"
 
 
 def test_why_cuda_is_left_out(setup_file: ModuleType, tmp_path: Path) -> None:
