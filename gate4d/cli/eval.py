@@ -22,7 +22,7 @@ _MEANS = (
     "JM f, JM s: mean IoU of a frame over all frames, and over each clip's and then over clips; JR: frames above 0.5."
 )
 _MASKS = {"iou_frames": "JM f", "iou_sequences": "JM s", "iou_recall": "JR"}  # columns of the Markdown table alone
-# As ``gate4d.evaluation.metrics`` has them, which is imported where it is used.
+# As ``gate4d.evaluation.depth`` has them, which is imported where it is used.
 _ALIGN = ("median", "scale", "scale_and_shift", "least_squares", "metric")
 # Clips, frames, clips of the recurrent rows and their frames, as asked for by nothing and by --quick.
 _FULL = {"clips": 32, "frames": 16, "long_clips": 4, "lengths": "10,30,100,300"}

@@ -22,7 +22,7 @@ from ..methods.segmentation import dynamic_masks, patch_masks
 from ..models import load
 from ..nn.control import observing
 from ..statistics.gram import GramMap, GramRecipe, GramSaliency, minmax
-from .metrics import mask_counts
+from .masks import mask_counts
 
 WINDOW = (-3, -2, -1, 1, 2, 3)
 _SEED = 9  # first word of the scenes' seeds; 0 to 2 are taken

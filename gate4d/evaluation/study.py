@@ -16,16 +16,9 @@ import torch
 from torch import nn
 
 from ..data import Batch
-from .metrics import (
-    Alignment,
-    DepthErrors,
-    camera_errors,
-    depth_errors,
-    frame_ious,
-    mask_counts,
-    mean_depth_errors,
-    scores_of,
-)
+from .cameras import camera_errors
+from .depth import Alignment, DepthErrors, depth_errors, mean_depth_errors
+from .masks import frame_ious, mask_counts, scores_of
 from .systems import System
 
 STILL = 1e-3  # a true camera whose centres spread less than this, in the unit above, has no trajectory to align

@@ -12,7 +12,7 @@ from standins.common import live_bytes
 
 import gate4d
 from gate4d.data.procedural import evaluation_clips
-from gate4d.evaluation.metrics import camera_errors
+from gate4d.evaluation import camera_errors
 from gate4d.geometry import decode_pose, invert
 from gate4d.methods.clips import recurrent_views
 from gate4d.models import load
