@@ -40,6 +40,7 @@ KINDS = {
     "peers": Kind("bench peers", ("effort", "backend", "rows", "costs")),
     "suite": Kind("bench suite", ("cases",)),
     "eval": Kind("eval", ("rows", "weights")),
+    "dataset": Kind("eval --dataset", ("setup", "rows", "summary")),
     "demo": Kind("demo", ("clip", "curves")),
     "gpu": Kind("benchmarks.gpu", ("rows",)),
 }

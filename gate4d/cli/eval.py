@@ -9,6 +9,8 @@ from pathlib import Path
 from gate4d.terminal import markdown_table, progress, wrapped
 from gate4d.terminal import table as lines_of
 
+from . import eval_dataset
+
 _HEAD = ("frames", "ATE", "RPE t", "RPE r", "AbsRel", "d<1.25", "IoU", "FPS")
 _COLUMNS = "<30 >7 >6 >6 >6 >7 >7 >5 >6"
 LEGEND = (
@@ -53,10 +55,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write all figures, clip by clip")
     parser.add_argument("--markdown", type=Path, metavar="FILE", help="measure nothing: show a results file")
     parser.add_argument("--into", type=Path, metavar="DOC", help="with --markdown: replace the marked table in DOC")
+    eval_dataset.add_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     """0 if a row was measured (rows without weights are skipped and say so), 1 if none was."""
+    if args.dataset is not None:
+        return eval_dataset.run(args)
+    eval_dataset.refuse(args)
     if args.markdown is not None:
         from gate4d.benchmarks.report import documents, result_files
 

@@ -80,7 +80,7 @@ def run(args: argparse.Namespace) -> int:
     from gate4d.methods.results import run_and_collect
     from gate4d.models import MODELS, TRAINED_PATCHES
 
-    options = _options(args)
+    options = method_options(args)
     with (
         written_at_once(args.out) as folder,  # whether it can be written to shows before the work is done
         warnings.catch_warnings(record=True) as caught,
@@ -156,7 +156,7 @@ def _clip(args: argparse.Namespace, patch: int):
     return read_clip(args.frames, max_frames=args.max_frames, stride=args.stride, patch=patch, max_patches=args.patches)
 
 
-def _options(args: argparse.Namespace) -> dict[str, Any]:
+def method_options(args: argparse.Namespace) -> dict[str, Any]:
     """Of the method; what it does not know is refused with a list of what it does."""
     from gate4d import methods
     from gate4d.handle import METHODS

@@ -20,7 +20,7 @@ ALL = {"bonn": Selection(30)}  # rows of the fixture before the clip
 
 @pytest.fixture(scope="module")
 def clip():
-    return render_clip(12, 24, 32, seed=3)
+    return render_clip(12, 24, 32, seed=6)
 
 
 def all_of(name, root):
