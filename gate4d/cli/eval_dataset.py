@@ -53,7 +53,9 @@ def refuse(args: argparse.Namespace) -> None:
     """ValueError if one of these options is given without ``--dataset``, where it would do nothing."""
     names = ("root", "model", "checkout", "checkpoint", "trust", "method", "option", "predict", "predictions")
     names += ("sequences", "start", "stride", "patches", "device", "keep_degenerate", "resume")
-    if given := [f"--{n.replace('_', '-')}" for n in names if getattr(args, n) not in (None, False, [])]:
+    if given := [
+        f"--{n.replace('_', '-')}" for n in names if (x := getattr(args, n)) is not None and x is not False and x != []
+    ]:
         raise ValueError(f"{', '.join(given)} need{'s' if len(given) == 1 else ''} --dataset NAME.")
 
 
