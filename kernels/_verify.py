@@ -190,11 +190,19 @@ def _in_a_thread(task: Callable[[], None]) -> BaseException | None:
 # --- where verdicts lie
 
 
+def _cache_folder() -> Path:
+    own = os.environ.get("GATE4D_CACHE_DIR")
+    return Path(own) if own else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gate4d"
+
+
 def directory() -> Path:
     """The folder of all verdicts."""
-    own = os.environ.get("GATE4D_CACHE_DIR")
-    base = Path(own) if own else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gate4d"
-    return base / "verified"
+    return _cache_folder() / "verified"
+
+
+def tile_table() -> Path:
+    """Where a user's own table of tile shapes is, or would be; a verdict depends on it."""
+    return Path(os.environ.get("GATE4D_TUNED") or _cache_folder() / "tuned.json")
 
 
 def environment(request: Any) -> dict[str, str]:
@@ -219,7 +227,8 @@ def _software() -> dict[str, str]:
     interpreted = {"interpreter": "yes"} if os.environ.get("TRITON_INTERPRET") == "1" else {}
     return {
         "driver": _driver(), "torch": f"{torch.__version__} {torch.version.git_version}", "triton": triton,
-        "kernels": source_hash(), **interpreted,
+        "kernels": source_hash(), "tiles": _hash(table.read_text()) if (table := tile_table()).exists() else "shipped",
+        **interpreted,
     }  # fmt: skip
 
 

@@ -15,6 +15,7 @@ import torch
 
 from ._constants import kept
 from ._library import cuda_library_error, kernel_error, library_error
+from ._triton import tuned as tile_tables
 from ._triton.configurations import Config as TileShape
 from ._triton.configurations import override as tile_shape
 from ._verify import Trial, Verdict, recorded, report
@@ -37,6 +38,7 @@ __all__ = [
     "recorded",
     "report",
     "tile_shape",
+    "tile_tables",
     "triton_reasons",
     "verdicts_directory",
     "verify_mode",

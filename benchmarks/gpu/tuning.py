@@ -1,6 +1,7 @@
 """Tile shapes tried in turns, one row a pass and head dimension, and the table that one run yields.
 
-A tuned table is a list of rows for ``kernels/_triton/triton_tuned.json``; nobody reads it before it is put there.
+A tuned table is a list of rows for ``kernels/_triton/triton_tuned.json``, which is shipped, or for a user's own table,
+which ``gate4d tune`` writes.
 """
 
 from __future__ import annotations

@@ -11,7 +11,15 @@ import torch
 from gate4d.benchmarks import machine
 from gate4d.kernels.attention import backends
 from gate4d.kernels.attention.op import Request
-from gate4d.kernels.support import Backend, cuda_library_error, library_error, recorded, verdicts_directory, verify_mode
+from gate4d.kernels.support import (
+    Backend,
+    cuda_library_error,
+    library_error,
+    recorded,
+    tile_tables,
+    verdicts_directory,
+    verify_mode,
+)
 from gate4d.terminal import field, wrapped
 
 
@@ -40,6 +48,7 @@ def collect() -> dict:
         },
         "calls": {name: _served(request) for name, request in typical_requests().items()},
         "measured": len(backends.MEASURED),
+        "tiles": tile_tables.about(),
         "verified": verdicts(),
     }
 
@@ -99,6 +108,7 @@ def render(facts: dict) -> str:
         *field("GPU", ", ".join(here["gpu"]) or "none"),
         *field("CPU path", isa),
         *field("CUDA C++", library["cuda_error"] or "norm_rope, asked for with backend='cuda'"),
+        *(field("GPU tiles", facts["tiles"]) if here["gpu"] or "not used" in facts["tiles"] else []),
         *_verified(facts["verified"]),
         "",
         "Which backend can serve a call here (head dim 64):",

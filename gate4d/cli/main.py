@@ -13,6 +13,7 @@ COMMANDS = {
     "bench": "measure the targets against peers in the same run",
     "eval": "systems on rendered clips with known cameras, depth and motion",
     "run": "a method on a clip: masks, scores, poses and points as files",
+    "tune": "measure tile shapes on this machine's GPU and keep the fastest",
     "demo": "the main job on a clip, three attention implementations side by side",
 }
 

@@ -1,24 +1,20 @@
 """Tile shapes and variants per pass, architecture, type and head dimension.
 
-The defaults follow from registers and shared memory of the compiled code; ``triton_tuned.json`` beside this
-file holds measured replacements, so that nobody who installs the package pays for tuning.
+The defaults follow from registers and shared memory of the compiled code; :mod:`.tuned` has measured replacements.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import cache
-from pathlib import Path
 from typing import Any
 
 import torch
 
+from . import tuned
 from .runtime import AMD
 
-TUNED = Path(__file__).with_name("triton_tuned.json")
 # Of a call: a gate; a weight other than the plain 1 - ab; intervals; dropped keys.
 FEATURES = ("gate", "power", "bounds", "drop")
 PASSES = ("forward", "forward_stats", "grad_query", "grad_key", "received", "cross")
@@ -137,7 +133,7 @@ def config(
     """The configuration of a pass; ``width`` is the widest head dimension, padded; ``features`` those of the call."""
     if kind in _override:
         return _override[kind]
-    for row in _tuned():
+    for row in tuned.rows():
         if (row["pass"], tuple(row["capability"]), row["dtype"], row["width"]) == (
             kind, capability, str(dtype).removeprefix("torch."), width,
         ) and features <= set(row.get("features", FEATURES)):  # fmt: skip
@@ -175,8 +171,3 @@ def override(kind: str, base: Config, **changes: Any) -> Iterator[Config]:
     finally:
         _override.clear()
         _override.update(previous)
-
-
-@cache
-def _tuned() -> list[dict]:
-    return json.loads(TUNED.read_text()) if TUNED.exists() else []

@@ -14,8 +14,9 @@ import torch
 
 import gate4d.benchmarks.gpu.__main__ as command
 from gate4d.benchmarks.gpu import precompile, tuning
-from gate4d.benchmarks.gpu.__main__ import main, measure, measured, plan, run, table
+from gate4d.benchmarks.gpu.__main__ import main, plan, table
 from gate4d.benchmarks.gpu.attention_works import _received
+from gate4d.benchmarks.gpu.slices import measure, measured, run
 from gate4d.benchmarks.gpu.work import TINY, Work
 from gate4d.benchmarks.measure import gpu
 from gate4d.benchmarks.report import result_files
