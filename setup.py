@@ -8,8 +8,9 @@
 - ``cuda``: the CPU kernels, and the CUDA C++ kernel as a library of its own, for the architectures of
   ``TORCH_CUDA_ARCH_LIST`` or the default list below. No GPU has to be visible.
 
-A C++ compiler that is missing or does not run gives a pure-Python install. A CUDA build that is impossible or fails gives one without that
-library. The reason is kept for ``gate4d info``. A C++ compiler that fails on the CPU sources is an error.
+A C++ compiler that is missing or does not run gives a pure-Python install. A CUDA build that is impossible or fails
+gives one without that library. The reason is kept for ``gate4d info``. A C++ compiler that fails on the CPU sources is
+an error.
 """
 
 import json

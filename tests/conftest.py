@@ -57,8 +57,9 @@ def backend(request: pytest.FixtureRequest) -> str:
     return require_backend(request.param)
 
 
-def require_backend(name: str) -> str:
+def require_backend(name: str, module: bool = False) -> str:
+    """The name, or a skip of the test (or of the whole module) with the backend's reasons."""
     plain = Request("cpu", torch.float32, 64, 64, gate="pairwise", masked=True, aux=True)
     if reasons := backends.BACKENDS[name].not_supported_reasons(plain):
-        pytest.skip(f"backend {name}: {'; '.join(reasons)}")
+        pytest.skip(f"backend {name}: {'; '.join(reasons)}", allow_module_level=module)
     return name

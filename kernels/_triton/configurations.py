@@ -44,7 +44,7 @@ Entry = tuple[int, ...]
 Table = dict[tuple[str, int], dict[int, Entry | dict[str, Entry]]]
 _AMPERE: Table = {
     ("forward", 2): {
-        64: {"gate bounds": (128, 64, 8, 3), "gate power bounds drop": (128, 32, 8, 3)},
+        64: {"gate bounds": (128, 64, 8, 3), "gate power bounds drop": (128, 32, 8, 3, 255)},
         128: (128, 32, 8, 2),
         256: (64, 64, 8, 2),
     },
@@ -93,7 +93,11 @@ _BLACKWELL: Table = {
 }
 # On consumer cards (8.6, 8.9, 12.x: 99 KiB of shared memory a block and no tensor memory), over Ampere's.
 _CONSUMER: Table = {
-    ("forward", 2): {**_AMPERE["forward", 2], 256: (64, 32, 8, 2)},
+    ("forward", 2): {
+        64: {"gate": (128, 64, 8, 3), "gate power bounds drop": (128, 32, 8, 3, 255)},
+        128: (128, 32, 8, 2),
+        256: (64, 32, 8, 2),
+    },
     ("grad_key", 2): {64: (32, 32, 8, 2, 255), 128: (32, 32, 8, 1), 256: (32, 32, 8, 1)},
     ("forward", 4): {64: (32, 32, 8, 1), 128: (32, 16, 8, 2), 256: (16, 32, 8, 2)},
     ("forward_stats", 4): {64: (32, 32, 8, 1), 128: (32, 16, 8, 2), 256: (16, 32, 8, 2)},

@@ -71,6 +71,8 @@ VARIANTS = (
     Variant("pairwise", bounds=True, strength=2.3),
     Variant("keys", bounds=True, strength=2.3, renormalize=False),
     Variant("pairwise", bounds=True, strength=0.5, row_stats=True),
+    Variant("pairwise", bounds=True),
+    Variant("pairwise", dropped=True),
 )
 
 
@@ -116,7 +118,7 @@ def launches(
 
 def selectable(dtype: torch.dtype, dims: Sequence[int]) -> Iterator[tuple[int, Variant]]:
     """The calls that together select every kernel of a type: head dimensions that share a tile width are all there."""
-    tf32 = tuple(replace(v, tf32=True) for v in (VARIANTS[3], VARIANTS[-1])) if dtype == torch.float32 else ()
+    tf32 = tuple(replace(v, tf32=True) for v in (VARIANTS[3], VARIANTS[6])) if dtype == torch.float32 else ()
     return product(dims, VARIANTS + tf32)
 
 

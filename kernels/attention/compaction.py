@@ -40,12 +40,6 @@ class Kept(NamedTuple):
             return x.gather(1, self.order)
         return x.gather(2, self.order[:, None, :, None].expand_as(x))
 
-    def scatter(self, x: Tensor, out: Tensor) -> Tensor:
-        """Undo :meth:`gather` into ``out``."""
-        if x.dim() == 2:
-            return out.scatter_(1, self.order, x)
-        return out.scatter_(2, self.order[:, None, :, None].expand_as(x), x)
-
     def bounds(self, bounds: Tensor) -> Tensor:
         """Bounds (start, end, sink_end) ``[1 or B, 3, Nq]`` as positions among the kept keys, ``[B, 3, Nq]``."""
         batch, num_keys = self.order.shape

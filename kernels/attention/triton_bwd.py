@@ -183,7 +183,7 @@ def grad_query_kernel(
 
 @triton.jit
 def grad_key_kernel(
-    GRAD_OUT, Q, K, V, LSE, DELTA, A, B, BOUNDS, REACH, KEY_COUNT, GRAD_K, GRAD_V, GRAD_B,
+    GRAD_OUT, Q, K, V, LSE, DELTA, A, B, BOUNDS, REACH, KEY_COUNT, ORDER, GRAD_K, GRAD_V, GRAD_B,
     stride_gb, stride_gh, stride_gn, stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn,
     stride_vb, stride_vh, stride_vn, stride_xb, stride_xh, stride_xn, stride_yb, stride_yh, stride_yn,
     bounds_stride_b, reach_stride_b, heads, num_queries, num_keys, scale, exponent_scale, strength,
@@ -293,9 +293,17 @@ def grad_key_kernel(
             grad_k = tl.dot(ds.to(q.dtype), q, grad_k, input_precision=PRECISION)
 
     store_n = offs_n < num_keys  # also the rows past KEY_COUNT, whose gradient is 0
-    p_x = GRAD_K + b64 * stride_xb + h * stride_xh + n64 * stride_xn + lane_n[:, None] * stride_xn + offs_d[None, :]
+    p_x = GRAD_K + b64 * stride_xb + h * stride_xh
+    p_y = GRAD_V + b64 * stride_yb + h * stride_yh
+    if HAS_COUNT:  # keys lie in the order in which they were kept: their gradients go where they came from
+        row = tl.load(ORDER + b64 * num_keys + offs_n, mask=store_n, other=0)  # [BLOCK_N]
+        p_x += row[:, None] * stride_xn + offs_d[None, :]
+        p_y += row[:, None] * stride_yn + offs_dv[None, :]
+    else:
+        row = offs_n
+        p_x += n64 * stride_xn + lane_n[:, None] * stride_xn + offs_d[None, :]
+        p_y += n64 * stride_yn + lane_n[:, None] * stride_yn + offs_dv[None, :]
     tl.store(p_x, (grad_k * scale).to(GRAD_K.dtype.element_ty), mask=store_n[:, None] & inside_d)
-    p_y = GRAD_V + b64 * stride_yb + h * stride_yh + n64 * stride_yn + lane_n[:, None] * stride_yn + offs_dv[None, :]
     tl.store(p_y, grad_v.to(GRAD_V.dtype.element_ty), mask=store_n[:, None] & inside_dv)
     if GATE != 0 and SCORE_GRADS:
-        tl.store(GRAD_B + bh.to(tl.int64) * num_keys + offs_n, grad_b, mask=store_n)
+        tl.store(GRAD_B + bh.to(tl.int64) * num_keys + row, grad_b, mask=store_n)

@@ -119,21 +119,18 @@ def backward(
     reach = query_reach(p, c.block_m)
     args = {
         **shared, **_blocks(c), "REACH": reach, "reach_stride_b": batch_stride(reach),
+        "ORDER": None if kept is None else kept.order,
         "GRAD_K": grad_k, "GRAD_V": grad_v, "GRAD_B": grad_b, **strides("x", grad_k), **strides("y", grad_v),
     }  # fmt: skip
     launch(grad_key_kernel, (triton.cdiv(num_keys, c.block_n) * batch * heads,), args, **c.options)
-    if kept is not None:
-        grad_k, grad_v = (kept.scatter(x, heads_last(x, *x.shape)) for x in (grad_k, grad_v))
 
-    def over_heads(x: Tensor | None, score: Tensor | None, compacted: bool) -> Tensor:
+    def over_heads(x: Tensor | None, score: Tensor | None) -> Tensor:
         if score is None or not score_grads:
             return q.new_empty(0, dtype=torch.float32)
-        if x is None:  # strength 0, or a query score without a key score
-            return torch.zeros_like(score, dtype=torch.float32)
-        total = x.sum(1)
-        return kept.scatter(total, torch.empty_like(total)) if compacted and kept is not None else total
+        # None: strength 0, or a query score without a key score.
+        return torch.zeros_like(score, dtype=torch.float32) if x is None else x.sum(1)
 
-    return grad_q, grad_k, grad_v, over_heads(grad_a, query_score, False), over_heads(grad_b, key_score, True)
+    return grad_q, grad_k, grad_v, over_heads(grad_a, query_score), over_heads(grad_b, key_score)
 
 
 def _compacted(

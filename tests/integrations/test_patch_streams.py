@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import require_backend
 from helpers.upstream import PeakBytes
 from standins import croco, vggt
 from torch.utils._pytree import tree_leaves
@@ -202,6 +203,7 @@ def same(results, others):
 @pytest.mark.parametrize("policy", ["infinite", "xstream", "evict3r", "frame", "window"])
 def test_a_budget_of_tokens(policy):
     """One that holds the clip changes nothing, bit for bit; a smaller one bounds memory whatever the frames."""
+    require_backend("cpu")
     model, frames = vggt.StreamVggt().eval(), list(torch.rand(14, 1, 3, 28, 42))
     plain, _ = stream(model, frames)
     whole, past = stream(model, frames, budget=14 * 11, policy=policy)

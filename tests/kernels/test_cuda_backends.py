@@ -62,6 +62,7 @@ def test_a_missing_triton_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> No
 @pytest.mark.parametrize("index", [0, 1])
 def test_the_device_of_the_tensors_is_asked_and_not_the_current_one(index: int, monkeypatch) -> None:
     """Two cards, the current one new and the other too old; tensors without memory stand for theirs."""
+    pytest.importorskip("triton")
     monkeypatch.setattr(support, "_capabilities", {})
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     capabilities = {None: (9, 0), 0: (9, 0), 1: (7, 5)}

@@ -17,7 +17,7 @@ from gate4d.kernels.cross_moments.triton import cross_moments
 from gate4d.kernels.received_attention.triton import received_attention
 
 BF16, HALF, SINGLE = torch.bfloat16, torch.float16, torch.float32
-PLAIN, PAIRWISE, KEYS, HALF_POWER, ANY_POWER, UNNORMALISED, STATS = VARIANTS
+PLAIN, PAIRWISE, KEYS, HALF_POWER, ANY_POWER, UNNORMALISED, STATS, BOUNDED, DROPPED = VARIANTS
 
 
 @pytest.mark.parametrize(("batch", "heads", "tokens"), [(70_000, 2, 111), (1, 2, 9_000_000), (2, 70_000, 100)])

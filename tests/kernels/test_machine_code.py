@@ -21,7 +21,7 @@ from gate4d.kernels._triton.hot_path import hot_path
 from gate4d.kernels._triton.runtime import AMD
 
 BF16 = torch.bfloat16
-PLAIN, PAIRWISE, KEYS, HALF_POWER, ANY_POWER, UNNORMALISED, STATS = VARIANTS
+PLAIN, PAIRWISE, KEYS, HALF_POWER, ANY_POWER, UNNORMALISED, STATS, BOUNDED, DROPPED = VARIANTS
 FORWARD, QUERY, KEY, RECEIVED, _ = MAIN
 AMPERE, ADA, HOPPER, BLACKWELL, CONSUMER = (8, 0), (8, 9), (9, 0), (10, 0), (12, 0)
 

@@ -14,10 +14,7 @@ from helpers.malformed_calls import good
 from gate4d import MotionGate, TokenLayout, Visibility, gated_attention, received_attention
 from gate4d.visibility import MAX_KEYS
 
-
-@pytest.fixture(autouse=True)
-def _needs_the_kernel():
-    require_backend("cpu")
+require_backend("cpu", module=True)
 
 
 def test_none_crashes_and_none_is_accepted():

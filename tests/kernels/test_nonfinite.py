@@ -6,6 +6,7 @@ from itertools import cycle
 
 import pytest
 import torch
+from conftest import require_backend
 from helpers.attention_cases import DTYPES, GATES, VISIBLE, Case, _caller
 from helpers.nonfinite import PLACES, VALUES, Poison, check
 
@@ -65,6 +66,8 @@ def test_the_last_frame_of_a_stream(backend):
 @pytest.mark.parametrize("place", ["q", "k", "lse"])
 @pytest.mark.parametrize("name", ["cpu", "chunked", "reference"])
 def test_received(name, place):
+    if name == "cpu":
+        require_backend(name)
     layout = TokenLayout(4, 37)
     q, k, v = (torch.randn(1, 2, layout.num_tokens, 16) for _ in range(3))
     visible = Visibility.frame_causal(layout)
@@ -93,6 +96,7 @@ def test_a_nan_in_a_key_that_nobody_sees_has_no_gradient(backend):
 
 
 def test_vmap_keeps_it_apart():
+    require_backend("cpu")
     q, k, v = (torch.randn(3, 1, 1, 20, 8) for _ in range(3))
     v[1, :, :, 15:] = torch.nan
     visible = Visibility.packed([0, 12, 20])

@@ -35,7 +35,7 @@ from gate4d.kernels._triton.cubin_table import (
 )
 
 BF16, HALF, SINGLE = torch.bfloat16, torch.float16, torch.float32
-PLAIN, PAIRWISE, KEYS, HALF_POWER, ANY_POWER, UNNORMALISED, STATS = VARIANTS
+PLAIN, PAIRWISE, KEYS, HALF_POWER, ANY_POWER, UNNORMALISED, STATS, BOUNDED, DROPPED = VARIANTS
 AMPERE, HOPPER, BLACKWELL = (8, 0), (9, 0), (10, 0)
 
 
@@ -58,6 +58,7 @@ CASES = [
     (HOPPER, BF16, 64, PLAIN, CROSS),
     (AMPERE, BF16, 128, PAIRWISE, FORWARD),
     (AMPERE, HALF, 72, HALF_POWER, KEY),
+    (AMPERE, BF16, 64, DROPPED, FORWARD),
     (AMPERE, BF16, 64, UNNORMALISED, RECEIVED),
     (AMPERE, SINGLE, 64, ANY_POWER, KEY),
     (AMPERE, SINGLE, 64, PLAIN, CROSS),
@@ -112,6 +113,9 @@ def test_no_local_memory_and_within_limits(
         ((8, 9), SINGLE, 256, ANY_POWER, FORWARD),
         ((8, 9), SINGLE, 128, HALF_POWER, FORWARD),
         ((8, 9), BF16, 64, UNNORMALISED, KEY),
+        ((8, 9), BF16, 64, DROPPED, FORWARD),
+        ((8, 9), BF16, 64, BOUNDED, FORWARD),
+        ((12, 0), BF16, 64, BOUNDED, FORWARD),
         ((12, 0), BF16, 64, HALF_POWER, KEY),
         ((12, 0), BF16, 256, HALF_POWER, QUERY),
         ((12, 0), BF16, 64, PLAIN, CROSS),
