@@ -15,6 +15,8 @@ import sys
 import time
 import warnings
 from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +39,7 @@ and cropped to it around the middle.
 """
 
 
+AT_ONCE = 24  # frames that are read unasked where memory grows with them
 # Packages that a method asks for when its passes are through: said before they begin.
 _NEEDED = {"mut3r": ("skimage",), "easi3r": ("skimage", "sklearn"), "vggt4d": ("skimage", "sklearn", "scipy")}
 
@@ -50,7 +53,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--frames", required=True, metavar="CLIP", help="video file, folder of images, or rendered:SEED"
     )
     parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="output folder, new or empty")
-    parser.add_argument("--max-frames", type=int, default=24, help="read at most so many frames (default 24)")
+    parser.add_argument(
+        "--max-frames", type=int, help="read at most so many frames (default all; 24 where a method sees them at once)"
+    )
+    parser.add_argument("--start", type=int, default=0, help="pass over so many frames of CLIP first (default 0)")
     parser.add_argument("--stride", type=int, default=1, help="take every n-th frame of CLIP (default 1)")
     parser.add_argument(
         "--fps", type=float, default=30.0,
@@ -62,6 +68,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, cuda:1, ..."
     )
+    parser.add_argument("--amp", choices=("bf16", "fp16"), help="run the model under autocast in this type")
     parser.add_argument(
         "--option",
         action="append",
@@ -92,7 +99,7 @@ def run(args: argparse.Namespace) -> int:
             show("reading the clip")
             if args.patches is None:
                 args.patches = TRAINED_PATCHES if type(model).__name__ in MODELS.values() else 414
-            clip = _clip(args, patch_size(model))
+            clip = _clip(args, patch_size(model), handle.method.streams)
             count, height, width, _ = clip.frames.shape
             show(f"running {args.method}", total=count, done=0)
             streams, begin = handle.method.streams, time.perf_counter()
@@ -101,7 +108,10 @@ def run(args: argparse.Namespace) -> int:
             images: Any = (frame.to(args.device).permute(2, 0, 1).float() / 255 for frame in clip.frames)
             if not streams:
                 images = clip.frames.to(args.device).permute(0, 3, 1, 2).float() / 255
-            with theirs("the model, while the method ran it,", ValueError, TypeError, ImportError, OSError):
+            with (
+                _autocast(args),
+                theirs("the model, while the method ran it,", ValueError, TypeError, ImportError, OSError),
+            ):
                 tracked = _counted(images, show) if streams else images
                 found = run_and_collect(handle.method, tracked, (height, width), count)
             seconds, peak = time.perf_counter() - begin, _peak_bytes(args.device)
@@ -118,7 +128,7 @@ def _times(clip, args: argparse.Namespace) -> list[float]:
     """Seconds of the frames: the clip's own, else by the frame rate."""
     if clip.times is not None:
         return clip.times.tolist()
-    return [n * args.stride / args.fps for n in range(len(clip.frames))]
+    return [(args.start + n * args.stride) / args.fps for n in range(len(clip.frames))]
 
 
 def _figures(args: argparse.Namespace, clip, found, seconds: float, peak: int, caught: list) -> dict[str, Any]:
@@ -143,7 +153,13 @@ def _counted(images: Iterable[torch.Tensor], show: Show) -> Iterator[torch.Tenso
         show(advance=1)
 
 
-def _clip(args: argparse.Namespace, patch: int):
+def _autocast(args: argparse.Namespace) -> AbstractContextManager:
+    if args.amp is None:
+        return nullcontext()
+    return torch.autocast(torch.device(args.device).type, {"bf16": torch.bfloat16, "fp16": torch.float16}[args.amp])
+
+
+def _clip(args: argparse.Namespace, patch: int, streams: bool):
     from gate4d.data import read_clip, render_clip
     from gate4d.data.clip import fitted_size
 
@@ -152,8 +168,18 @@ def _clip(args: argparse.Namespace, patch: int):
         if not seed.isdecimal():
             raise ValueError(f"--frames: rendered:SEED needs a whole number, got {args.frames!r}.")
         size = fitted_size(392, 518, patch=patch, max_patches=args.patches)
-        return render_clip(args.max_frames, *size, seed=int(seed))
-    return read_clip(args.frames, max_frames=args.max_frames, stride=args.stride, patch=patch, max_patches=args.patches)
+        return render_clip(args.max_frames or AT_ONCE, *size, seed=int(seed))
+    given = {"start": args.start, "stride": args.stride, "patch": patch, "max_patches": args.patches}
+    if args.max_frames is not None or streams:
+        return read_clip(args.frames, max_frames=args.max_frames, **given)
+    clip = read_clip(args.frames, max_frames=AT_ONCE + 1, **given)  # one more, to know whether something is left out
+    if len(clip.frames) <= AT_ONCE:
+        return clip
+    warnings.warn(
+        f"{args.method} sees all frames at once, so the first {AT_ONCE} were read: say --max-frames for more.",
+        stacklevel=2,
+    )
+    return replace(clip, frames=clip.frames[:AT_ONCE], times=None if clip.times is None else clip.times[:AT_ONCE])
 
 
 def method_options(args: argparse.Namespace) -> dict[str, Any]:
@@ -183,7 +209,7 @@ def _option(text: str) -> tuple[str, Any]:
 
 
 def _check(args: argparse.Namespace) -> None:
-    for name, least in (("max_frames", 2), ("stride", 1), ("patches", 1)):
+    for name, least in (("max_frames", 2), ("start", 0), ("stride", 1), ("patches", 1)):
         if getattr(args, name) is not None and getattr(args, name) < least:
             raise ValueError(f"--{name.replace('_', '-')} must be at least {least}, got {getattr(args, name)}.")
     if not (math.isfinite(args.fps) and args.fps > 0):

@@ -51,7 +51,13 @@ class Batch(NamedTuple):
 
 
 def read_clip(
-    path: str | Path, *, max_frames: int = 24, stride: int = 1, patch: int = 14, max_patches: int = 414
+    path: str | Path,
+    *,
+    max_frames: int | None = 24,
+    start: int = 0,
+    stride: int = 1,
+    patch: int = 14,
+    max_patches: int = 414,
 ) -> Clip:
     """Read the first ``max_frames`` frames of a video file, or of a folder of images in natural name order.
 
@@ -63,8 +69,9 @@ def read_clip(
 
     Args:
         path: a video file (needs PyAV) or a folder of images (needs pillow).
-        max_frames: at least 2.
-        stride: take every ``stride``-th frame.
+        max_frames: at least 2; None for all.
+        start: frames to pass over first.
+        stride: take every ``stride``-th frame from there.
 
     Raises:
         FileNotFoundError: there is nothing at ``path``.
@@ -72,7 +79,10 @@ def read_clip(
             4 pixels), there are fewer than 2, ``path`` is neither a file nor a folder, or an option is bad.
         ImportError: the reader for this kind of clip is not installed; names the extra to install.
     """
-    for name, value, least in (("max_frames", max_frames, 2), ("stride", stride, 1), ("patch", patch, 1)):
+    limits = (("max_frames", max_frames, 2), ("start", start, 0), ("stride", stride, 1), ("patch", patch, 1))
+    for name, value, least in limits:
+        if name == "max_frames" and value is None:
+            continue
         if not isinstance(value, int) or value < least:
             raise ValueError(f"{name} must be an int >= {least}, got {value!r}.")
     path = Path(path)
@@ -80,7 +90,8 @@ def read_clip(
         raise FileNotFoundError(f"clip: nothing found at {path}; give a video file or a folder of images.")
     if not path.is_dir() and not path.is_file():  # a pipe would wait for a writer
         raise ValueError(f"clip: {path} is neither a file nor a folder.")
-    source = _folder_frames(path, stride) if path.is_dir() else islice(_video_frames(path), 0, None, stride)
+    every = slice(start, None, stride)
+    source = _folder_frames(path, every) if path.is_dir() else islice(_video_frames(path), start, None, stride)
     frames: list[Tensor] = []
     times: list[float | None] = []
     first_size, size = None, None
@@ -101,7 +112,8 @@ def read_clip(
         frames.append(_fit(image, *size))
         times.append(time)
     if len(frames) < 2:
-        raise ValueError(f"clip: at least 2 frames are needed, got {len(frames)} from {path} with stride={stride}.")
+        where = f"stride={stride}" + (f" and start={start}" if start else "")
+        raise ValueError(f"clip: at least 2 frames are needed, got {len(frames)} from {path} with {where}.")
     known = None not in times and all(a < b for a, b in pairwise(times))
     return Clip(torch.stack(frames), path.name, times=torch.tensor(times, dtype=torch.float64) if known else None)
 
@@ -131,7 +143,7 @@ def _fit(image: np.ndarray, height: int, width: int) -> Tensor:
     return x[0, :, top : top + height, left : left + width].permute(1, 2, 0).contiguous()
 
 
-def _folder_frames(folder: Path, stride: int) -> Iterator[tuple[str, np.ndarray, float | None]]:
+def _folder_frames(folder: Path, every: slice) -> Iterator[tuple[str, np.ndarray, float | None]]:
     names = [p for p in folder.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES and not p.name.startswith(".")]
     if not names:
         raise ValueError(f"clip: the folder {folder} holds no images ({', '.join(IMAGE_SUFFIXES)}).")
@@ -144,7 +156,7 @@ def _folder_frames(folder: Path, stride: int) -> Iterator[tuple[str, np.ndarray,
     stamped = None not in stamps.values()
     if stamped:
         names.sort(key=stamps.get)
-    for number, name in list(enumerate(names))[::stride]:
+    for number, name in list(enumerate(names))[every]:
         try:
             if not name.is_file():
                 raise ValueError("it is not a file.")

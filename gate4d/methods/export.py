@@ -132,11 +132,17 @@ def save_overlays(folder: str | Path, frames: Tensor, scores: Tensor, *, alpha: 
     return _save_images(folder, (blend(f, s) for f, s in zip(frames, scores, strict=True)))
 
 
+def _array(x: Tensor) -> np.ndarray:
+    """numpy has no bfloat16."""
+    x = x.detach().cpu()
+    return (x.float() if x.dtype == torch.bfloat16 else x).numpy()
+
+
 def save_scores(path: str | Path, arrays: Mapping[str, Tensor]) -> Path:
     """Named tensors as one compressed npz."""
     path = Path(path)
     with path.open("wb") as file:  # numpy appends .npz to a name, not to a file
-        np.savez_compressed(file, **{name: x.detach().cpu().numpy() for name, x in arrays.items()})
+        np.savez_compressed(file, **{name: _array(x) for name, x in arrays.items()})
     return path
 
 

@@ -148,6 +148,7 @@ def test_a_model_saved_whole_needs_trust(tmp_path, capsys):
         ("more", {"frames": "nowhere.mp4"}, "nothing found at nowhere.mp4"),
         ("more", {"frames": "rendered:x"}, "rendered:SEED needs a whole number"),
         ("more", {"max_frames": 1}, "--max-frames must be at least 2"),
+        ("more", {"start": -1}, "--start must be at least 0"),
         ("more", {"device": "cuda:99"}, "--device cuda:99 cannot be used"),
         ("more", {"option": "window"}, "--option must be NAME=VALUE"),
         ("more", {"option": "window=0"}, "window must be None or an int >= 1"),
@@ -367,3 +368,50 @@ def test_keep_says_what_is_written(tmp_path, capsys):
     assert {p.name for p in (tmp_path / "out").iterdir()} == {"scores.npz", "poses.txt", "summary.json"}
     assert run(tmp_path, "ttt3r", "--option", "keep=camera", model=model, out=tmp_path / "other") == 2
     assert "keep must name entries of the predictions" in capsys.readouterr().err
+
+
+def test_frames_by_default(tmp_path, capsys):
+    """All where they are read one by one; else 24, with a word about the rest."""
+    clip = tmp_path / "clip"
+    clip.mkdir()
+    for i, frame in enumerate(render_clip(26, 28, 42, seed=1).frames):
+        Image.fromarray(frame.numpy()).save(clip / f"{i:02}.png")
+
+    def summary(method, out, *more, **options):
+        command = [
+            "run",
+            method,
+            "--frames",
+            str(clip),
+            "--device",
+            "cpu",
+            "--patches",
+            "6",
+            "--out",
+            str(tmp_path / out),
+        ]
+        given = [str(x) for n, v in options.items() for x in (f"--{n}", v)]
+        assert main([*command, *given, *more]) == 0, capsys.readouterr().err
+        rows = np.loadtxt(tmp_path / out / "poses.txt")
+        return json.loads((tmp_path / out / "summary.json").read_text()), rows
+
+    found, _ = summary("more", "all", model="standins.factories:dense_vggt")
+    assert found["frames"] == 26
+    found, rows = summary(
+        "more", "some", "--start", "4", "--stride", "3", "--fps", "10", model="standins.factories:dense_vggt"
+    )
+    assert found["frames"] == 8
+    np.testing.assert_allclose(rows[:, 0], (4 + 3 * np.arange(8)) / 10)
+    found, _ = summary("vggt4d", "once", model="standins.factories:deep_vggt")
+    assert found["frames"] == 24
+    assert any("vggt4d sees all frames at once, so the first 24 were read" in note for note in found["notes"])
+
+
+def test_autocast(tmp_path):
+    """The model runs in 16 bits: results differ by about their step."""
+    poses = []
+    for name, more in (("plain", ()), ("amp", ("--amp", "bf16"))):
+        assert run(tmp_path, "more", *more, out=tmp_path / name) == 0
+        poses.append(np.loadtxt(tmp_path / name / "poses.txt")[:, 1:])
+    difference = np.abs(poses[0] - poses[1]).max()
+    assert 0 < difference < 0.1

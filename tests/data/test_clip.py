@@ -63,6 +63,29 @@ def test_stride_and_max_frames(folder):
     assert len(read_clip(folder, max_frames=2).frames) == 2
 
 
+def test_start_and_no_limit(tmp_path):
+    for i in range(30):
+        Image.fromarray(np.full((28, 28, 3), 8 * i, np.uint8)).save(tmp_path / f"{i}.png")
+
+    def shown(**options):
+        return (read_clip(tmp_path, **options).frames[:, 0, 0, 0] // 8).tolist()
+
+    assert shown() == list(range(24))
+    assert shown(max_frames=None) == list(range(30))
+    assert shown(start=7, stride=5, max_frames=None) == [7, 12, 17, 22, 27]
+    assert shown(start=27, max_frames=2) == [27, 28]
+    with pytest.raises(ValueError, match=r"at least 2 frames are needed, got 1 from .* with stride=1 and start=29"):
+        shown(start=29)
+    with pytest.raises(ValueError, match="start must be an int >= 0, got -1"):
+        shown(start=-1)
+
+
+def test_start_of_a_video(video):
+    level = read_clip(video, start=2, max_frames=None).frames.float().mean((1, 2, 3))
+    whole = read_clip(video, max_frames=None).frames.float().mean((1, 2, 3))
+    assert torch.equal(level, whole[2:])
+
+
 def test_grey_palette_and_alpha_images(tmp_path):
     for i, mode in enumerate(("L", "P", "RGBA", "1")):
         Image.fromarray(picture(0)).convert(mode).save(tmp_path / f"{i}.png")
