@@ -47,7 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--long-clips", type=int, help="clips of the recurrent rows (default 4; --quick 1)")
     parser.add_argument("--lengths", help="frames of these clips (default 10,30,100,300; --quick 10)")
     parser.add_argument(
-        "--align", choices=_ALIGN, default="median", help="how depth is aligned, once a clip (default median)"
+        "--align", choices=_ALIGN, help="how depth is aligned, once a clip (default median; not with --dataset)"
     )
     parser.add_argument("--size", type=int, nargs=2, default=(64, 80), metavar=("HEIGHT", "WIDTH"), help="pixels")
     parser.add_argument("--only", metavar="WORD", help="rows whose name holds this word alone")
@@ -77,6 +77,7 @@ def run(args: argparse.Namespace) -> int:
     for name, usual in (_QUICK if args.quick else _FULL).items():
         if getattr(args, name) is None:
             setattr(args, name, usual)
+    args.align = args.align or "median"
     lengths = _check(args)
 
     import torch

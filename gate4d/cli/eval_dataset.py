@@ -205,6 +205,8 @@ def _check(args: argparse.Namespace) -> None:
         raise ValueError("--method and --option need --model.")
     if args.option and not args.method:
         raise ValueError("--option is of the method: it needs --method.")
+    if args.align is not None:
+        raise ValueError("--align is of rendered clips: with --dataset depth is aligned in each way of its protocol.")
     if args.resume and args.json is None:
         raise ValueError("--resume needs --json FILE, the file of the run that stopped.")
     if args.json is not None and not args.json.absolute().parent.is_dir():

@@ -211,6 +211,7 @@ def test_what_stopped_goes_on(clip, tmp_path, monkeypatch, capsys):
         (["--root", "SET", "--predict", "truth", "--model", "recurrent"], "got --model and --predict"),
         (["--root", "SET", "--predict", "truth", "--method", "more"], "need --model"),
         (["--root", "SET", "--model", "recurrent", "--option", "a=1"], "it needs --method"),
+        (["--root", "SET", "--predict", "truth", "--align", "scale"], "--align is of rendered clips"),
         (["--root", "SET", "--model", "recurrent", "--method", "ttt3r", "--option", "a=1"], "ttt3r has no option a"),
         (["--root", "SET", "--predict", "truth", "--resume"], "--resume needs --json"),
         (["--root", "SET", "--predict", "truth", "--stride", "0"], "--stride must be at least 1"),
