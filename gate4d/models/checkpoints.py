@@ -12,7 +12,7 @@ import json
 import pathlib
 import pickle
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,7 @@ class Checkpoint:
 
     Attributes:
         state: by name, on the CPU, in the dtypes of the file.
+        prefix: what was taken off the front of every name, since wrappers put it there.
         config: constructor arguments by name (``config.json`` of a folder or the hub), None if there are none.
         args: the options of the training run that wrote it, None if there are none.
         source: for messages.
@@ -44,6 +45,17 @@ class Checkpoint:
     source: str
     config: dict[str, Any] | None = None
     args: dict[str, Any] | None = field(default=None, repr=False)
+    prefix: str = ""
+
+    def named_for(self, wanted: Collection[str]) -> dict[str, Tensor]:
+        """The state under those of its names, with the prefix or a part of it, that most of ``wanted`` are.
+
+        A class may keep its network in an attribute that is called like a wrapper's, such as ``model``.
+        """
+        parts = re.findall(r"[^.]+\.", self.prefix)
+        fronts = ["".join(parts[n:]) for n in range(len(parts), -1, -1)]  # the shortest first: it wins a tie
+        front = max(fronts, key=lambda f: sum(f + n in wanted for n in self.state))
+        return {front + n: x for n, x in self.state.items()}
 
 
 def read_checkpoint(path: str | Path) -> Checkpoint:
@@ -60,7 +72,8 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
     if not path.is_file():
         raise FileNotFoundError(f"checkpoint: there is no file or folder {path}.")
     if path.suffix == ".safetensors":
-        return Checkpoint(_tensors(read_safetensors(path, None)[0], path.name), path.name)
+        state, prefix = _tensors(read_safetensors(path, None)[0], path.name)
+        return Checkpoint(state, path.name, prefix=prefix)
     return _extracted(read_pickle(path), path.name)
 
 
@@ -141,9 +154,11 @@ def _extracted(content: Any, name: str) -> Checkpoint:
             args = next((content[n] for n in ("args", "cfg", "hyper_parameters") if n in content), None)
             config = content.get("config")
             known = [x if isinstance(x := plain(part), dict) else None for part in (config, args)]
-            return Checkpoint(_tensors(state, name), name, known[0], known[1])
+            state, prefix = _tensors(state, name)
+            return Checkpoint(state, name, known[0], known[1], prefix)
     if _is_state(content):
-        return Checkpoint(_tensors(content, name), name)
+        state, prefix = _tensors(content, name)
+        return Checkpoint(state, name, prefix=prefix)
     kind = type(content).__name__
     if isinstance(content, Mapping):
         kind = f"a dict of {', '.join(map(repr, list(content)[:6]))}"
@@ -154,15 +169,15 @@ def _is_state(x: Any) -> bool:
     return isinstance(x, Mapping) and bool(x) and all(isinstance(v, Tensor) for v in x.values())
 
 
-def _tensors(state: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:
-    """Without the prefix that a wrapper gave every name."""
+def _tensors(state: Mapping[str, Tensor], name: str) -> tuple[dict[str, Tensor], str]:
+    """Without the prefix that wrappers, in any order, gave every name; and that prefix."""
     found = {str(n): x.detach() for n, x in state.items()}
     if not found:
         raise WeightsError(f"{name} holds no tensor.")
-    for prefix in _PREFIXES:
-        if all(n.startswith(prefix) for n in found):
-            found = {n.removeprefix(prefix): x for n, x in found.items()}
-    return found
+    taken = ""
+    while prefix := next((p for p in _PREFIXES if all(n.startswith(p) for n in found)), ""):
+        found, taken = {n.removeprefix(prefix): x for n, x in found.items()}, taken + prefix
+    return found, taken
 
 
 def _folder(path: Path) -> Checkpoint:

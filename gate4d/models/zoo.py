@@ -19,7 +19,7 @@ from types import ModuleType
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from .checkpoints import SUFFIXES, Checkpoint, arguments_of, read_checkpoint, read_config
 from .files import WeightsError
@@ -36,7 +36,7 @@ class Upstream:
         target: ``module:class``.
         hub: a checkpoint of it at the Hugging Face hub, owner/name.
         build: the class, its module and the checkpoint to a model.
-        marks: starts of names, all of which the weights of this model have.
+        marks: starts of names, without a wrapper's prefix, all of which the weights of this model have.
         folders: of a checkout, those that go onto the path.
     """
 
@@ -137,7 +137,7 @@ ZOO = {
     ),
     "depth-anything-3": Upstream(
         "ByteDance-Seed/Depth-Anything-3", "depth_anything_3.api:DepthAnything3", "depth-anything/DA3-LARGE",
-        _by_config, ("model.backbone.", "model.head."), ("src",),
+        _by_config, ("backbone.pretrained.", "head."), ("src",),
     ),
     "map-anything": Upstream(
         "facebookresearch/map-anything", "mapanything.models:MapAnything", "facebook/map-anything", _by_config,
@@ -274,12 +274,13 @@ def _module(known: Upstream, checkout: Path | None) -> ModuleType:
 def _fill(model: nn.Module, checkpoint: Checkpoint, name: str) -> None:
     """Load, and say by name what does not fit."""
     wanted = {n: tuple(x.shape) for n, x in model.state_dict().items()}
+    state = checkpoint.named_for(wanted)
     shapes = [
         f"{n}: wanted {list(wanted[n])}, got {list(x.shape)}"
-        for n, x in checkpoint.state.items()
+        for n, x in state.items()
         if n in wanted and tuple(x.shape) != wanted[n]
     ]
-    missing, unexpected = _load(model, checkpoint) if not shapes else ([], [])
+    missing, unexpected = _load(model, state) if not shapes else ([], [])
     parameters = {n for n, _ in model.named_parameters()}
     missing = [n for n in missing if n in parameters]
     if shapes or missing:
@@ -297,8 +298,8 @@ def _fill(model: nn.Module, checkpoint: Checkpoint, name: str) -> None:
         )
 
 
-def _load(model: nn.Module, checkpoint: Checkpoint) -> tuple[list[str], list[str]]:
-    found = model.load_state_dict(checkpoint.state, strict=False)
+def _load(model: nn.Module, state: dict[str, Tensor]) -> tuple[list[str], list[str]]:
+    found = model.load_state_dict(state, strict=False)
     return list(found.missing_keys), list(found.unexpected_keys)
 
 

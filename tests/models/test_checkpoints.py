@@ -25,7 +25,7 @@ def same(found):
 
 
 @pytest.mark.parametrize("zipped", [True, False])
-@pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.", "module.model."])
+@pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.", "module.model.", "_orig_mod.module."])
 @pytest.mark.parametrize("under", [None, "model", "state_dict", "model_state_dict"])
 def test_state_dicts(tmp_path, under, prefix, zipped):
     state = {prefix + n: x for n, x in STATE.items()}

@@ -135,6 +135,49 @@ def test_a_state_dict_alone(tmp_path, monkeypatch):
     assert loaded(tmp_path, "vggt", save("vggt", tmp_path, "state")) == ["vggt.models.vggt", "VGGT"]
 
 
+DEPTH = """\
+from torch import nn
+
+
+class DepthAnything3(nn.Module):
+    def __init__(self, model_name="da3-large", **given):
+        super().__init__()
+        self.model_name, self.model = model_name, nn.Module()
+        self.model.backbone, self.model.head = nn.Module(), nn.Linear(3, 2)
+        self.model.backbone.pretrained = nn.Linear(2, 3)
+"""
+
+
+@pytest.mark.parametrize("prefix", ["", "module.", "module.model."])
+def test_a_class_whose_network_is_called_as_a_wrapper_calls_it(tmp_path, prefix):
+    """Depth Anything 3 has everything in its attribute ``model``: there the name is no wrapper's prefix."""
+    package = tmp_path / "checkout/src/depth_anything_3"
+    package.mkdir(parents=True)
+    (package / "__init__.py").touch()
+    (package / "api.py").write_text(DEPTH)
+    parts = {"model.backbone.pretrained": (3, 2), "model.head": (2, 3)}
+    state = {f"{n}.{kind}": torch.randn(shape if kind == "weight" else shape[:1])
+             for n, shape in parts.items() for kind in ("weight", "bias")}  # fmt: skip
+    names = list(state)
+    saved = tmp_path / "saved"
+    saved.mkdir()
+    torch.save({prefix + n: x for n, x in state.items()}, saved / "model.pt")
+    (saved / "config.json").write_text(json.dumps({"model_name": "da3-small", "config": {}}))
+    code = """
+import sys, torch
+from gate4d.models.checkpoints import read_checkpoint
+from gate4d.models.zoo import load_upstream, looks_like
+model = load_upstream("depth-anything-3", sys.argv[1], checkout=sys.argv[2])
+saved = torch.load(sys.argv[1] + "/model.pt")
+assert all(torch.equal(x, saved[sys.argv[3] + n]) for n, x in model.state_dict().items())
+print(model.model_name, *model.state_dict(), *looks_like(read_checkpoint(sys.argv[1]).state))
+"""
+    command = [sys.executable, "-c", code, str(saved), str(tmp_path / "checkout"), prefix]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=TESTS)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["da3-small", *names, "depth-anything-3"]
+
+
 def test_run_by_name(tmp_path, capsys):
     """The whole command in a process of its own."""
     for package in ("rich", "skimage", "sklearn", "scipy", "safetensors"):
